@@ -87,6 +87,9 @@ def _run(*command: str | Path) -> None:
     others = os.environ.get("PATH", "")
     environment = dict(os.environ)
     environment["PATH"] = f"{programs}{os.pathsep}{others}"
+    if shutil.which("nvidia-smi") is None:
+        # Else DeepSpeed's launcher warns of it.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     words[0] = str(programs / words[0])
     with StoppableCommands() as commands:
         status = commands.run(words, environment)

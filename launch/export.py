@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.options import Device, LogColumns
+from launch.options import Device, LogColumns, RecencyTerm
 from launch.stack import check_stack
 from trainer.config.command_line import option, parse_options
 from trainer.distributed.process_exit import run_script
@@ -32,7 +32,7 @@ from trainer.errors import InputError, exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LogColumns, Device):
+class Options(LogColumns, RecencyTerm, Device):
     """The command line."""
 
     # torchrun takes --run for the beginning of an option of its own, wherever it stands.
@@ -55,10 +55,6 @@ class Options(LogColumns, Device):
         "also a FAISS index: Flat, HNSW32, IVF1024,PQ32, …",
         None,
         metavar="INDEX",
-    )
-    recency_term: bool = option(
-        "score with what was touched lately, too (a run's evaluation.recency_term does, too)",
-        False,
     )
     model: str | None = option(
         "an exported folder, for --refresh-counts", None, metavar="DIR"
@@ -97,7 +93,7 @@ def main() -> None:
     from trainer.serving.export import export_run
 
     config = ExportConfig(
-        options.dtype, options.faiss, options.recency_term or None
+        options.dtype, options.faiss, options.wants_recency_term()
     )
     with process_group.join_process_group(device=options.device) as ranks:
         schema = export_run(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainer.config.command_line import option
+from trainer.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +108,44 @@ class ItemTitles:
         None,
         metavar="FILE",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbosity:
+    """How much a training shows on the console."""
+
+    quiet: bool = option("short for log.console=quiet", False)
+    verbose: bool = option("short for log.console=verbose", False)
+
+    def verbosity_settings(self) -> list[str]:
+        """The options as a setting of a run. Raises InputError where both are given."""
+        if self.quiet and self.verbose:
+            raise InputError("--quiet and --verbose contradict: give one")
+        if self.quiet:
+            return ["log.console=quiet"]
+        if self.verbose:
+            return ["log.console=verbose"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecencyTerm:
+    """Whether scores know what was touched lately; by default as the run says."""
+
+    recency_term: bool = option(
+        "score with what was touched lately, too (a run with evaluation.recency_term=true does)",
+        False,
+    )
+    skip_recency_term: bool = option(
+        "score without it, whatever the run says", False
+    )
+
+    def wants_recency_term(self) -> bool | None:
+        """What is asked for; None: as the run says. Raises InputError where both are given."""
+        if self.recency_term and self.skip_recency_term:
+            raise InputError(
+                "--recency-term and --skip-recency-term contradict: give one"
+            )
+        if self.recency_term:
+            return True
+        return False if self.skip_recency_term else None

@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launch.options import FinishedRun, LogColumns
+from launch.options import FinishedRun, LogColumns, RecencyTerm
 from launch.stack import check_stack
 from trainer.config.command_line import option, parse_options
 from trainer.distributed.process_exit import run_script
@@ -30,7 +30,7 @@ from trainer.errors import InputError, exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(LogColumns, FinishedRun):
+class Options(LogColumns, RecencyTerm, FinishedRun):
     """The command line."""
 
     output: str | None = option(
@@ -59,9 +59,6 @@ class Options(LogColumns, FinishedRun):
         "recommend items of this domain", list, repeat=True, metavar="D"
     )
     keep_seen: bool = option("recommend what the user has had, too", False)
-    recency_term: bool = option(
-        "score with what was touched lately, too (docs/evaluate.md)", False
-    )
     log_domain: str | None = option(
         "the one domain of logs without a domain column", None, metavar="NAME"
     )
@@ -110,7 +107,7 @@ def main() -> None:
         options.k,
         tuple(options.domain),
         options.keep_seen,
-        options.recency_term,
+        options.wants_recency_term(),
         options.batch_size,
     )
     with process_group.join_process_group(device=options.device) as ranks:
@@ -150,7 +147,7 @@ def _show_users(options: Options) -> None:
         users=options.user,
         logs=options.input,
         keep_seen=options.keep_seen,
-        recency_term=options.recency_term,
+        recency_term=options.wants_recency_term(),
         user_column=options.user_column,
         item_column=options.item_column,
         domain_column=options.domain_column,

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launch.options import Device, ItemTitles
+from launch.options import Device, ItemTitles, Verbosity
 from launch.stack import check_stack
 from trainer.config import RunConfig, load_config, to_yaml
 from trainer.config.command_line import option, parse_options
@@ -35,7 +35,7 @@ from trainer.errors import exit_on_input_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Device, ItemTitles):
+class Options(Device, ItemTitles, Verbosity):
     """The command line."""
 
     config: list[str] = option(
@@ -79,7 +79,9 @@ def main() -> None:
     options = parse()
     check_stack(options.device)
     config = load_config(
-        options.config, options.settings, options.deepspeed_config
+        options.config,
+        [*options.verbosity_settings(), *options.settings],
+        options.deepspeed_config,
     )
     if options.show_config:
         print(to_yaml(config), end="")

@@ -238,7 +238,7 @@ class Run:
         users: Iterable[Any] | PathLike | None = None,
         logs: Logs = (),
         keep_seen: bool = False,
-        recency_term: bool = False,
+        recency_term: bool | None = None,
         output: PathLike | None = None,
         **options: Any,
     ) -> pa.Table:
@@ -248,7 +248,8 @@ class Run:
         users: ids, or a file that has them; None: all.
         logs: histories in place of those of the run's dataset, as `prepare` takes them.
         keep_seen: items that the user has had are recommended too.
-        recency_term: score with what was touched lately, too (docs/evaluate.md).
+        recency_term: score with what was touched lately, too (docs/evaluate.md); None: as
+        `evaluation.recency_term` of the run.
         output: a folder that gets the same as partitioned Parquet, and stays.
         options: column names and memory, those of `trainer.config.serving.AskedConfig`.
         """

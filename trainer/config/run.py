@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from embeddings.config import TableConfig, keeps_squares
 from syncrec.config import ModelConfig
@@ -54,6 +54,10 @@ class LogConfig:
         "steps between two log lines; metrics.jsonl has more of the first steps",
     )
     tensorboard: bool = setting(True, "write TensorBoard's event files too")
+    console: Literal["quiet", "normal", "verbose"] = setting(
+        "normal",
+        "quiet: the test's line alone; verbose: all figures in every line",
+    )
 
     def __post_init__(self) -> None:
         if self.every < 1:

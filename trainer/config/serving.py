@@ -33,13 +33,14 @@ class RecommendConfig:
 
     k: items for each user and domain. domains: their names; empty: all domains of the run.
     keep_seen: items of the user's history may be recommended too. recency_term: score by the model
-    with its recency term (docs/evaluate.md), as of the day after the dataset's last.
+    with its recency term (docs/evaluate.md), as of the day after the dataset's last; None: as the
+    run's evaluation.recency_term says.
     """
 
     k: int = 10
     domains: tuple[str, ...] = ()
     keep_seen: bool = False
-    recency_term: bool = False
+    recency_term: bool | None = None
     batch_size: int = 512  # users that each rank scores at once
 
     def __post_init__(self) -> None:

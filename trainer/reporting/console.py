@@ -1,11 +1,7 @@
-"""What a run shows on the console: a line for each record, tables, and a progress bar.
+"""What all commands show on the console: tables, numbers, names, and a progress bar.
 
-    0:03:20  step  50/100  epoch 0  loss 2.5000  single 2.0000  cross 1.0000  MI 0.5000
-             λ φ Books 0.500 -0.125, Toys 0.500 -0.125
-             12.3k users/s  4.56M tokens/s  wait 3.1%  3.2 GB
-
-It is one line where the console has room for it (trainer.reporting.line_folding). Names come from a
-person's data, so nothing in them may steer a terminal.
+The lines of a run's log are made in trainer.reporting.log_lines. Names come from a person's data, so
+nothing in them may steer a terminal.
 """
 
 import math
@@ -32,224 +28,12 @@ from trainer.evaluation.evaluation import (
     Evaluation,
 )
 from trainer.evaluation.metrics import Figures
-from trainer.reporting.line_folding import SECTION
 from trainer.run_files import HEADLINE
 
 _REFRESH_SECONDS = 0.25
-_GREEK = ("λ", "φ")
-_ASCII = ("lambda", "phi")
-_SIZES = {"G": 1e9, "M": 1e6, "k": 1e3}
 _ROOM_FOR_A_WORD = (
     10  # columns that 80 leave for a name, with two blanks between figures
 )
-_MOST_DOMAINS = 12  # that a line shows
-_LOSSES = {
-    "loss_single": "single",
-    "loss_cross": "cross",
-    "mutual_information": "MI",
-}
-
-
-class LogColumns:
-    """What the lines of a log have in common: which domains they show, and how wide a step is."""
-
-    def __init__(
-        self,
-        domains: list[str],
-        total_steps: int,
-        symbols: tuple[str, str] = _GREEK,
-    ):
-        """domains: names, in order. symbols: how λ and φ are written."""
-        self.domains = list(domains)
-        self.total_steps = total_steps
-        self.symbols = symbols
-
-    @classmethod
-    def for_console(
-        cls, console: Console, domains: list[str], total_steps: int
-    ) -> "LogColumns":
-        """Writes λ and φ in letters where the console has no Greek."""
-        symbols = _GREEK
-        try:
-            "".join(_GREEK).encode(console.encoding)
-        except (UnicodeEncodeError, LookupError):
-            symbols = _ASCII
-        return cls(domains, total_steps, symbols)
-
-    def train_line(self, record: dict[str, Any]) -> Text:
-        """One line for a train record.
-
-        A loss that the record does not have is left out; any other missing figure is a dash. Users
-        that were skipped are named at the end.
-
-        0:03:20  step  50/100  epoch 0  loss 2.5000  single 2.0000  cross 1.0000  MI 0.5000
-          │  λ φ Books 0.500 -0.125, …  │  12.3k users/s  …  3.2 GB  2 users skipped
-        """
-        line = self._begin(record)
-        loss = record.get("loss")
-        line.append("loss ")
-        line.append(format_number(loss), "bold")
-        for field, label in _LOSSES.items():
-            part = record.get(field)
-            if part is not None:
-                line.append(f"  {label} ", "dim")
-                line.append(format_number(part))
-        self._append_transfer(line, record)
-        self._append_speed(line, record)
-        skipped = record.get("skipped_users")
-        if skipped:
-            line.append(f"  {skipped:,} users skipped", "red")
-        return line
-
-    def evaluation_line(self, record: dict[str, Any]) -> Text:
-        """One line for an evaluation record: all mean metrics, then NDCG@10 by domain.
-
-        0:10:00  step  50/100  epoch 0  validation  mean  HR@5 0.2500  …  MRR 0.2500
-          over users NDCG@10 0.2600  │  NDCG@10 by domain Books 0.3000, Toys 0.2000  │  20 users, 3 too short
-        """
-        evaluation = Evaluation.from_record(record)
-        line = self._begin(record)
-        line.append(evaluation.kind, "bold green")
-        line.append("  mean", "dim")
-        for metric in evaluation.metrics:
-            mean = evaluation.mean.get(metric)
-            style = "bold" if metric == HEADLINE else ""
-            line.append(f"  {metric} ", "dim")
-            line.append(format_number(mean), style)
-        line.append(f"  over users {HEADLINE} ", "dim")
-        line.append(format_number(evaluation.user_mean_ndcg))
-        line.append(SECTION, "dim")
-        line.append(f"{HEADLINE} by domain", "dim")
-        self._append_headlines(line, evaluation)
-        small = len(evaluation.small_domains)
-        if small:
-            line.append(f" ({small} too small for the mean)", "dim")
-        line.append(SECTION, "dim")
-        skipped = evaluation.skipped_users
-        line.append(_count_ranked(evaluation))
-        if skipped:
-            line.append(f", {skipped:,} skipped", "red")
-        return line
-
-    def _begin(self, record: dict[str, Any]) -> Text:
-        """The clock, the step of all steps, and the epoch: what every line begins with.
-
-        0:03:20  step  50/100  epoch 0
-        """
-        width = len(str(self.total_steps))
-        clock = format_duration(record.get("seconds") or 0)
-        step = record["step"]
-        epoch = record.get("epoch", 0)
-        line = Text()
-        line.append(f"{clock}  ", "dim")
-        line.append(f"step {step:>{width}}/{self.total_steps}", "bold")
-        line.append(f"  epoch {epoch}  ", "dim")
-        return line
-
-    def _append_transfer(self, line: Text, record: dict[str, Any]) -> None:
-        """λ and φ of each domain that has one of them.
-
-        A run without loss correction has no λ, and its lines show φ alone. A φ below 0, negative
-        transfer, is red.
-
-          │  λ φ Books 0.500 -0.125, Toys 0.500 -0.125
-        """
-        weights = _present(record.get("lambda"))
-        gaps = _present(record.get("phi"))
-        known = []
-        for domain in self.domains:
-            if domain in weights or domain in gaps:
-                known.append(domain)
-        # Where transfer harms is worth a look; metrics.jsonl has all.
-        by_gap = sorted(known, key=lambda domain: gaps.get(domain, math.inf))
-        lowest = by_gap[:_MOST_DOMAINS]
-        shown = [domain for domain in known if domain in lowest]
-        if shown:
-            line.append(SECTION, "dim")
-            _, gap_symbol = self.symbols
-            head = " ".join(self.symbols) if weights else gap_symbol
-            line.append(head, "dim")
-        for index, domain in enumerate(shown):
-            _append_name(line, index, domain)
-            if weights:
-                weight = format_number(weights.get(domain), ".3f")
-                line.append(f" {weight}")
-            gap = gaps.get(domain)
-            style = ""
-            if gap is not None and gap < 0:
-                style = "red"
-            shown_gap = format_number(gap, "+.3f")
-            line.append(f" {shown_gap}", style)
-        _append_rest(line, len(known) - len(shown))
-
-    def _append_speed(self, line: Text, record: dict[str, Any]) -> None:
-        """Users and tokens per second, the share of the time spent waiting for data, and memory.
-
-        │  12.3k users/s  4.56M tokens/s  wait 3.1%  3.2 GB
-        """
-        users = _short_number(record.get("users_per_second"))
-        tokens = _short_number(record.get("tokens_per_second"))
-        wait = format_number(record.get("data_wait"), ".1%")
-        memory = format_number(record.get("memory_gb"), ".1f")
-        line.append(SECTION, "dim")
-        line.append(
-            f"{users} users/s  {tokens} tokens/s  wait {wait}  {memory} GB"
-        )
-
-    def _append_headlines(self, line: Text, evaluation: Evaluation) -> None:
-        """NDCG@10 of each domain that was evaluated: " Books 0.3000, Toys 0.2000"."""
-        headlines = {}
-        for row in evaluation.by_domain:
-            headlines[row.name] = row.headline
-        known = [domain for domain in self.domains if domain in headlines]
-        shown = known[:_MOST_DOMAINS]
-        for index, domain in enumerate(shown):
-            figure = format_number(headlines[domain])
-            _append_name(line, index, domain)
-            line.append(f" {figure}")
-        _append_rest(line, len(known) - len(shown))
-
-
-def _count_ranked(evaluation: Evaluation) -> str:
-    """How many were ranked, and who was not.
-
-    20 users, 3 too short
-    20 events, 3 without history, 1 of an unseen item      of a split by time
-    """
-    if evaluation.split is None:
-        too_short = evaluation.too_short or 0
-        return f"{evaluation.users:,} users, {too_short:,} too short"
-    without = evaluation.split["without_history"]
-    unseen = sum(evaluation.unseen_by_domain.values())
-    return (
-        f"{evaluation.users:,} events, {without:,} without history, "
-        f"{unseen:,} of an unseen item"
-    )
-
-
-def _append_name(line: Text, index: int, domain: str) -> None:
-    """A domain's name as the one after `index` others."""
-    separator = ", " if index else " "
-    line.append(separator, "dim")
-    line.append(escape_name(domain), "cyan")
-
-
-def _append_rest(line: Text, count: int) -> None:
-    """How many domains a line does not show."""
-    if count:
-        line.append(f", {count} more", "dim")
-
-
-def _present(by_domain: dict[str, float | None] | None) -> dict[str, float]:
-    """The domains that have a figure.
-
-    {"Books": 0.5, "Toys": None} gives {"Books": 0.5}.
-    """
-    present = {}
-    for domain, value in (by_domain or {}).items():
-        if value is not None:
-            present[domain] = value
-    return present
 
 
 class ProgressBar:
@@ -258,11 +42,18 @@ class ProgressBar:
         loss 2.5000 ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╸ 50/100 0:03:20 left 0:03:20
 
     console: where the lines of the log go too; they are printed above the bar. completed: steps
-    before a resume.
+    before a resume. hidden: not on a terminal either.
     """
 
-    def __init__(self, console: Console, total_steps: int, completed: int):
-        self.shown = console.is_interactive and console.file.isatty()
+    def __init__(
+        self,
+        console: Console,
+        total_steps: int,
+        completed: int,
+        hidden: bool = False,
+    ):
+        is_terminal = console.is_interactive and console.file.isatty()
+        self.shown = is_terminal and not hidden
         self._bar = Progress(
             TextColumn("{task.fields[loss]}"),
             BarColumn(bar_width=None),
@@ -623,18 +414,3 @@ def format_signed(value: float | None, form: str = "+.3f") -> str:
         return "–"
     text = format(value, form)
     return text.replace("-", "\N{MINUS SIGN}").replace("%", " %")
-
-
-def _short_number(value: float | None) -> str:
-    """Three digits and a letter.
-
-    12345      12.3k
-    4560000    4.56M
-    """
-    if value is None:
-        return "–"
-    for letter, size in _SIZES.items():
-        if value >= size:
-            shortened = value / size
-            return f"{shortened:.3g}{letter}"
-    return f"{value:.3g}"

@@ -8,7 +8,7 @@ from rich.text import Text
 
 SECTION = "  │  "
 WIDTH_IN_A_PIPE = 100
-_INDENT = " " * 9  # below the step, beside the clock
+INDENT = " " * 9  # below the step, beside the clock
 # Behind a comma, or where two blanks stand before the next figure.
 _CUT = re.compile(r"(?<=, )(?=\S)|(?<=\S)(?=  +\S)")
 
@@ -34,7 +34,7 @@ def fold_line(line: Text, width: int) -> Text:
         if is_first or rows[-1].cell_len + with_separator <= width:
             separator = Text("" if is_first else SECTION, "dim")
         else:
-            rows.append(Text(_INDENT))
+            rows.append(Text(INDENT))
             separator = Text()
         rows[-1].append_text(separator)
         _append_section(rows, section, width)
@@ -46,7 +46,7 @@ def wrap_message(line: str, width: int) -> str:
     return textwrap.fill(
         line,
         width,
-        subsequent_indent=_INDENT,
+        subsequent_indent=INDENT,
         break_long_words=False,
         break_on_hyphens=False,
         drop_whitespace=True,
@@ -60,7 +60,7 @@ def _append_section(rows: list[Text], section: Text, width: int) -> None:
         columns = cell_len(figure.plain.rstrip())
         if rows[-1].cell_len + columns > width:
             rows[-1].rstrip()
-            rows.append(Text(_INDENT))
+            rows.append(Text(INDENT))
             begin = len(figure.plain) - len(figure.plain.lstrip())
             figure = figure[begin:]
         rows[-1].append_text(figure)

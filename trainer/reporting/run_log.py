@@ -1,4 +1,4 @@
-"""A run's log: `metrics.jsonl`, TensorBoard, a console line for each record, and a progress bar.
+"""A run's log: `metrics.jsonl`, TensorBoard, lines on the console, and a progress bar.
 
 `metrics.jsonl` is the one that lasts. It holds one JSON object a line, a train record for each
 logging interval and a record for each evaluation, in the order in which they happened. Intervals
@@ -6,7 +6,8 @@ grow from one step to `log.every`, so that a run of any length has curves.
 `trainer/reporting/run_report.py` draws from it and from nothing else. Its figures:
 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
-                 loss_cross, mutual_information, single_by_domain, cross_by_domain (losses),
+                 loss_cross, mutual_information (null without SC-MIM), single_by_domain,
+                 cross_by_domain (losses),
                  lambda (weights, 1 where all domains weigh alike), phi (eq. 10, below 0 =
                  negative transfer), alpha, beta, learning_rate, gradient_norm,
                  users_per_second, tokens_per_second, skipped_users (over all ranks in the interval: they could not be
@@ -37,7 +38,6 @@ from trainer.evaluation.evaluation import Evaluation
 from trainer.files.atomic import write_text
 from trainer.files.progress import Heartbeat
 from trainer.reporting.console import (
-    LogColumns,
     ProgressBar,
     escape_name,
     format_duration,
@@ -47,6 +47,7 @@ from trainer.reporting.line_folding import (
     fold_line,
     wrap_message,
 )
+from trainer.reporting.log_lines import LogLines
 from trainer.run_files import METRICS_FILE, TENSORBOARD
 
 _BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")
@@ -78,6 +79,7 @@ class RunLog:
         enabled: bool = True,
         resume_step: int | None = None,
         console: Console | None = None,
+        verbosity: str = "normal",
     ):
         """folder: the run's folder, made if it is not there.
         total_steps: steps of the whole run, those before a resume included.
@@ -87,6 +89,7 @@ class RunLog:
             and of a test, are removed from metrics.jsonl, because they are about to come again.
             None starts a fresh file.
         console: where to write, by default standard output. The bar is shown on a terminal only.
+        verbosity: "quiet", "normal" or "verbose". A quiet log shows a test's line alone.
 
         Entering raises InputError when the folder cannot be written or TensorBoard is asked for
         and not installed.
@@ -100,6 +103,8 @@ class RunLog:
         self._domains = list(domains)
         self._tensorboard_wanted = tensorboard
         self._resume_step = resume_step
+        self._quiet = verbosity == "quiet"
+        self._verbose = verbosity == "verbose"
         width = None if sys.stdout.isatty() else WIDTH_IN_A_PIPE
         self._console = console or LogConsole(width=width)
 
@@ -109,21 +114,27 @@ class RunLog:
         # Words outlive an encoding that has no λ: a log line must never end a run.
         if hasattr(self._console.file, "reconfigure"):
             self._console.file.reconfigure(errors="replace")
-        self._columns = LogColumns.for_console(
-            self._console, self._domains, self.total_steps
+        self._lines = LogLines.for_console(
+            self._console, self._domains, self.total_steps, self._verbose
         )
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(
                 open_metrics(self.folder, self._resume_step)
             )
+            for record in read_records(self.folder / METRICS_FILE):
+                self._lines.remember(record)
             self._tensorboard = None
             if self._tensorboard_wanted:
                 self._tensorboard = TensorBoard(self.folder, self._resume_step)
                 stack.callback(self._tensorboard.close)
-            bar = ProgressBar(self._console, self.total_steps, self._completed)
+            bar = ProgressBar(
+                self._console, self.total_steps, self._completed, self._quiet
+            )
             self._bar = stack.enter_context(bar)
             self._started = time.monotonic()
-            self._heartbeat = Heartbeat(self._say_what_goes_on, not bar.shown)
+            self._heartbeat = Heartbeat(
+                self._say_what_goes_on, not (bar.shown or self._quiet)
+            )
             stack.enter_context(self._heartbeat)
             self._close = stack.pop_all()
         return self
@@ -146,20 +157,31 @@ class RunLog:
             self._tensorboard.add(scalars, record["step"])
         loss = record.get("loss")
         self._bar.show_loss(loss)
-        if shown:
-            line = self._columns.train_line(record)
+        if shown and not self._quiet:
+            left = None if self._bar.shown else self._seconds_left()
+            line = self._lines.train_line(record, left)
             self._print(line)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Logs one evaluation; `record` as the module says, `kind` "validation" or "test"."""
+    def evaluation(
+        self, record: dict[str, Any], best: dict[str, Any] | None = None
+    ) -> None:
+        """Logs one evaluation; `record` as the module says, `kind` "validation" or "test".
+
+        best: of validations so far, as in `RunState.best`.
+        """
         if not self.enabled:
             return
         record = self._append(record)
         if self._tensorboard is not None:
             scalars = _evaluation_scalars(record)
             self._tensorboard.add(scalars, record["step"])
-        line = self._columns.evaluation_line(record)
+        if self._quiet and record["kind"] != "test":
+            return
+        line = self._lines.evaluation_line(record, best)
         self._print(line)
+        table = self._lines.domain_table(record)
+        if table is not None:
+            self._write(table)
 
     def advance(self, steps: int) -> None:
         """Moves the bar by `steps`."""
@@ -174,7 +196,7 @@ class RunLog:
 
     def show_first_step(self) -> None:
         """Says that it was made, where no bar shows it: the longest wait is over."""
-        if self.enabled and not self._bar.shown:
+        if self.enabled and not (self._bar.shown or self._quiet):
             seconds = time.monotonic() - self._started
             self._activity = f"the first step took {seconds:.3g} s"
             self._say_what_goes_on()
@@ -193,18 +215,25 @@ class RunLog:
             line += f"  {self._activity}"
         elif self._steps:
             pace = elapsed / self._steps
-            left = format_duration(pace * (self.total_steps - step))
+            left = format_duration(self._seconds_left() or 0)
             line += f"  {pace:.3g} s a step, {left} left"
         else:
             line += "  the first step is being made"
         self.message(line)
 
+    def _seconds_left(self) -> float | None:
+        """What the rest of the steps takes at the pace so far; None before the first step."""
+        if not self._steps:
+            return None
+        pace = (time.monotonic() - self._started) / self._steps
+        return pace * (self.total_steps - self._completed - self._steps)
+
     def message(self, text: str | RenderableType) -> None:
         """Prints a text letter by letter, or anything that Rich can draw, such as a table."""
-        if not self.enabled:
+        if not self.enabled or self._quiet:
             return
         if not isinstance(text, str):
-            self._console.print(text)
+            self._write(text)
             return
         lines = []
         for line in text.splitlines():
@@ -218,21 +247,22 @@ class RunLog:
         """Writes a record, and returns it in Python's own types."""
         seconds = time.monotonic() - self._started
         record = {"seconds": seconds, **_plain(record)}
+        self._lines.remember(record)
         self._file.write(_line(record))
         self._file.flush()
         return record
 
     def _print(self, text: Text, fold: bool = True) -> None:
-        """Prints a line. Where nobody reads any more (a closed pipe or terminal), goes on without."""
+        """Prints a line, folded where it is too wide."""
         if fold:
             text = fold_line(text, self._console.width)
+        self._write(text, soft_wrap=True, highlight=False)
+
+    def _write(self, content: RenderableType, **options: Any) -> None:
+        """Prints. Where nobody reads any more (a closed pipe or terminal), goes on without."""
         self._heartbeat.reset()
         try:
-            self._console.print(
-                text,
-                soft_wrap=True,
-                highlight=False,
-            )
+            self._console.print(content, **options)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise

@@ -19,7 +19,7 @@ the number of ranks, so the model's sums are the same.
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,17 @@ def recommend(
     the folder. It also names what differs from an earlier call that was killed.
     """
     check_memory(histories_config)
-    if config.recency_term and histories_config.inputs:
-        raise InputError(
-            "--recency-term counts the run's dataset, which does not have the logs of --input: "
-            "prepare it with them (launch/prepare.py --extend), and name it by --data"
-        )
     output = Path(output)
     run_config, dataset = open_run(run, data, of_all_domains=True, ranks=ranks)
+    if config.recency_term is None:
+        with_term = run_config.evaluation.recency_term
+        config = replace(config, recency_term=with_term)
+    if config.recency_term and histories_config.inputs:
+        raise InputError(
+            "the recency term counts the run's dataset, which does not have the logs of --input: "
+            "prepare it with them (launch/prepare.py --extend), and name it by --data, or score "
+            "without by --skip-recency-term"
+        )
     domains = _select_domains(dataset, config.domains)
     request = _Request(Path(run), dataset, domains, config, histories_config)
     made_from = run_on_first_rank(request.describe, ranks.first)

@@ -130,7 +130,7 @@ class StepLog(Callback):
 
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Logs the validation."""
-        self._context.log.evaluation(record)
+        self._context.log.evaluation(record, state.best)
 
 
 class WorkerTuning(Callback):

@@ -123,13 +123,13 @@ def _train(
     locks: contextlib.ExitStack,
 ) -> dict[str, Any]:
     """`train`, within what holds for all of it. locks: gets the lock of the run's folder."""
-    _say(ranks, f"reads the dataset {redact_location(config.data)}")
+    _say(config, ranks, f"reads the dataset {redact_location(config.data)}")
     dataset = run_on_all_ranks(lambda: _load_dataset(config, ranks))
     require_same_start(
         config, dataset, fresh=fresh, accept_changes=accept_changes
     )
     if config.split.kind == Timeline.name:
-        _say(ranks, "reads when all events were, to split them by time")
+        _say(config, ranks, "reads when all events were, to split them by time")
     dataset = split_dataset(dataset, config, ranks)
     plan = _build_plan(config, dataset, ranks)
     run = Path(config.run)
@@ -143,7 +143,7 @@ def _train(
         warm = find_warm_start(config, dataset, ranks)
         if warm is not None:
             refuse_later_model(warm, dataset, ranks)
-    _say(ranks, "makes the model and its optimizer")
+    _say(config, ranks, "makes the model and its optimizer")
     trainer = Trainer(
         config, ranks, dataset, plan, checkpoint, state.step, warm
     )
@@ -176,9 +176,9 @@ def _train(
     return record
 
 
-def _say(ranks: Ranks, activity: str) -> None:
+def _say(config: RunConfig, ranks: Ranks, activity: str) -> None:
     """Says on the first rank what the run does before its log is open."""
-    if ranks.first:
+    if ranks.first and config.log.console != "quiet":
         print(printable_text(activity), flush=True)
 
 
@@ -248,6 +248,7 @@ def _open_log(
         trainer.config.log.tensorboard,
         trainer.ranks.first,
         resume_step,
+        verbosity=trainer.config.log.console,
     )
 
 

@@ -22,8 +22,10 @@ class IntervalMeter:
     They are reduced over ranks only when a line is due.
     """
 
-    def __init__(self, domains: list[str]):
+    def __init__(self, domains: list[str], mutual_information: bool = True):
+        """mutual_information: the model has that loss; else records have none."""
         self.domains = domains
+        self.mutual_information = mutual_information
         self.started = time.perf_counter()
         self._pauses = 0  # that are open, one within the other
         self._reset()
@@ -120,7 +122,9 @@ class IntervalMeter:
             "loss": loss / world_size,
             "loss_single": loss_single,
             "loss_cross": loss_cross,
-            "mutual_information": information,
+            "mutual_information": information
+            if self.mutual_information
+            else None,
             "single_by_domain": self._name_domains(single),
             "cross_by_domain": self._name_domains(cross),
             "lambda": relative_weights(self._name_domains(lambdas)),

@@ -48,7 +48,8 @@ class RunContext:
         self.ranks: Ranks = trainer.ranks
         self.plan: BatchSchedule = trainer.plan
         self.meter = IntervalMeter(
-            [domain.name for domain in trainer.dataset.domains]
+            [domain.name for domain in trainer.dataset.domains],
+            self.config.model.mutual_information,
         )
         self.watchdog = Watchdog(
             60 * self.config.timeout_minutes + _WATCHDOG_MARGIN,

@@ -4,18 +4,21 @@ import importlib
 
 import pytest
 
+from launch.options import RecencyTerm, Verbosity
 from trainer.config.retraining import PublishConfig
+from trainer.errors import InputError
 
 COLUMNS = "--user-column u --item-column i --domain-column d --time-column t"
 COMMANDS = {
     "train": "--config a.yaml --config b.yaml --deepspeed_config d.json --show-config "
-    "--fresh --accept-changes --max-restarts 3 --local_rank=0 data=d run=r epochs=3",
+    "--fresh --accept-changes --max-restarts 3 --quiet --local_rank=0 data=d run=r epochs=3",
     "evaluate": "--of r --data d --json --split validation --ranking full "
     "--candidates c --output o --skip-recency --local_rank 1",
     "export": "--run r --data d --json --output o --dtype fp16 --faiss IVF1024,PQ32 "
     "--recency-term --model m --refresh-counts a b --log-domain z --memory 2GB",
     "recommend": "--run r --output o --input a b --users f -k 3 --domain x --domain y "
-    "--keep-seen --log-domain z --batch-size 7 --part-users 8 --memory 2GB --fresh",
+    "--keep-seen --log-domain z --batch-size 7 --part-users 8 --memory 2GB --fresh "
+    "--skip-recency-term",
     "publish": "--candidate c --to p --data d --tolerance 0.1 --fall 0.2 --domain-fall "
     "0.3 --own-fall 0.4 --least-users 5 --keep 6 --dtype fp16 --json --local_rank=0",
     "retrain": "--config a.yaml --config b.yaml name=n input=[a]",
@@ -35,6 +38,7 @@ EXPECTED = {
         "config": ["a.yaml", "b.yaml"],
         "deepspeed_config": "d.json",
         "max_restarts": 3,
+        "quiet": True,
         "settings": ["data=d", "run=r", "epochs=3"],
     },
     "evaluate": {
@@ -54,6 +58,7 @@ EXPECTED = {
         "domain": ["x", "y"],
         "input": ("a", "b"),
         "users": "f",
+        "skip_recency_term": True,
     },
     "publish": {
         "rules": PublishConfig(
@@ -115,3 +120,35 @@ def test_a_rollback_may_name_its_version(words, version):
     from launch.publish import parse
 
     assert parse(["--to", "p", *words]).rollback == version
+
+
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [
+        (Verbosity(), []),
+        (Verbosity(quiet=True), ["log.console=quiet"]),
+        (Verbosity(verbose=True), ["log.console=verbose"]),
+    ],
+)
+def test_how_much_is_shown(options, choice):
+    assert options.verbosity_settings() == choice
+
+
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [
+        (RecencyTerm(), None),
+        (RecencyTerm(recency_term=True), True),
+        (RecencyTerm(skip_recency_term=True), False),
+    ],
+)
+def test_whether_scores_have_the_recency_term(options, choice):
+    assert options.wants_recency_term() is choice
+
+
+def test_options_that_contradict_are_refused():
+    with pytest.raises(InputError, match="--quiet and --verbose"):
+        Verbosity(quiet=True, verbose=True).verbosity_settings()
+    both = RecencyTerm(recency_term=True, skip_recency_term=True)
+    with pytest.raises(InputError, match="--recency-term and --skip"):
+        both.wants_recency_term()

@@ -3,14 +3,12 @@
 import io
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from trainer.evaluation.evaluation import Evaluation
 from trainer.reporting.console import (
-    LogColumns,
     escape_name,
     evaluation_table,
     format_duration,
@@ -51,19 +49,6 @@ def test_what_there_is_not_is_a_dash():
 )
 def test_a_name_stays_on_one_line(name, shown):
     assert escape_name(name) == shown
-
-
-@pytest.mark.parametrize(
-    ("encoding", "head"),
-    [("utf-8", "λ φ"), ("ascii", "lambda phi"), ("?", "lambda phi")],
-)
-def test_a_console_without_greek_gets_letters(encoding, head):
-    console = SimpleNamespace(encoding=encoding)
-    columns = LogColumns.for_console(console, ["Books"], 10)
-    record = {"step": 3, "lambda": {"Books": 1.0}, "phi": {"Books": -0.5}}
-    line = columns.train_line(record)
-    assert f"│  {head} Books 1.000 -0.500" in line.plain
-    assert line.plain.startswith("0:00:00  step  3/10  epoch 0  loss –")
 
 
 @pytest.mark.parametrize(
@@ -140,18 +125,11 @@ def test_a_split_by_time_is_named_with_its_cuts(record, sentences):
     assert caption == "\n".join(sentences)
 
 
-def test_a_log_line_counts_events_of_a_split_by_time():
-    console = SimpleNamespace(encoding="utf-8")
-    columns = LogColumns.for_console(console, ["Books", "Toys"], 10)
-    line = columns.evaluation_line(split_record("test")).plain
-    expected = "1,207 events, 3 without history, 2 of an unseen item"
-    assert line.endswith(expected)
-
-
 MODULES = [
     "console",
     "full_ranking_tables",
     "html",
+    "log_lines",
     "plots",
     "run_log",
     "run_report",

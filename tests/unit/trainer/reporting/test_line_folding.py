@@ -3,8 +3,8 @@
 import pytest
 from rich.text import Text
 
-from trainer.reporting.console import LogColumns
 from trainer.reporting.line_folding import fold_line
+from trainer.reporting.log_lines import LogLines
 
 NAMES = ["Documentary", "Science Fiction", "Film-Noir", "日本映画"]
 
@@ -34,7 +34,7 @@ def test_a_line_that_fits_is_one_row():
 @pytest.mark.parametrize("domains", [1, 4])
 def test_no_figure_is_cut_and_nothing_is_lost(width, domains):
     names = NAMES[:domains]
-    line = LogColumns(names, 100).train_line(record(names))
+    line = LogLines(names, 100, verbose=True).train_line(record(names))
     rows = fold_line(line, width).split("\n")
     assert max(row.cell_len for row in rows) <= width
     words = [word for row in rows for word in row.plain.split()]
@@ -60,7 +60,7 @@ def test_of_many_domains_those_of_the_lowest_transfer_are_shown():
     names = [f"domain {number}" for number in range(19)]
     figures = record(names)
     figures["phi"] = {name: -0.01 * i for i, name in enumerate(names)}
-    line = LogColumns(names, 100).train_line(figures).plain
+    line = LogLines(names, 100, verbose=True).train_line(figures).plain
     assert "domain 18 0.149 -0.180, 7 more" in line
     assert "domain 7 " in line and "domain 6 " not in line
     assert len(fold_line(Text(line), 100).plain.split("\n")) <= 6

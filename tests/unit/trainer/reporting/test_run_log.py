@@ -255,7 +255,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_each_record_is_one_line_off_a_terminal(tmp_path):
     file, domains = io.StringIO(), [f"domain {number}" for number in range(12)]
-    with open_log(tmp_path, domains, file) as log:
+    with open_log(tmp_path, domains, file, verbosity="verbose") as log:
         log.advance(50)
         log.train(train_record(50, domains))
         log.evaluation(evaluation_record(50, domains))
@@ -286,7 +286,9 @@ def test_each_record_is_one_line_off_a_terminal(tmp_path):
 def test_lines_fit_into_the_console(tmp_path):
     """Off a terminal too; a record's figures stay whole, and a message is cut between words."""
     file, domains = io.StringIO(), [f"domain {number}" for number in range(12)]
-    with open_log(tmp_path, domains, file, width=100) as log:
+    with open_log(
+        tmp_path, domains, file, width=100, verbosity="verbose"
+    ) as log:
         log.train(train_record(50, domains))
         log.evaluation(evaluation_record(50, domains))
         log.message("the dataset has " + "many users, " * 20)
@@ -356,7 +358,9 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
 
 def test_hostile_names_stay_on_one_line_letter_by_letter(tmp_path):
     file = io.StringIO()
-    with open_log(tmp_path, HOSTILE, file, tensorboard=True) as log:
+    with open_log(
+        tmp_path, HOSTILE, file, tensorboard=True, verbosity="verbose"
+    ) as log:
         log.train(train_record(1, HOSTILE))
         log.evaluation(evaluation_record(1, HOSTILE))
         log.message(evaluation_table(evaluation_record(1, HOSTILE)))
@@ -377,7 +381,7 @@ def test_hostile_names_stay_on_one_line_letter_by_letter(tmp_path):
 def test_a_console_without_greek_does_not_end_the_run(tmp_path):
     raw = io.BytesIO()
     console = io.TextIOWrapper(raw, encoding="ascii")
-    with open_log(tmp_path, ["本"], console) as log:
+    with open_log(tmp_path, ["本"], console, verbosity="verbose") as log:
         log.train(train_record(1, ["本"]))
         log.message("naïve")
     console.flush()
@@ -388,7 +392,7 @@ def test_a_console_without_greek_does_not_end_the_run(tmp_path):
 def test_lines_without_lambda_or_figures(tmp_path):
     file = io.StringIO()
     empty = dict.fromkeys(METRICS)
-    with open_log(tmp_path, file=file) as log:
+    with open_log(tmp_path, file=file, verbosity="verbose") as log:
         log.train(
             train_record(
                 1,
@@ -518,7 +522,7 @@ def test_with_recency_the_table_fits_100_columns_and_has_the_ratio_to_it():
 
 def test_skipped_users_are_shown_where_there_are_any(tmp_path):
     file = io.StringIO()
-    with open_log(tmp_path, file=file) as log:
+    with open_log(tmp_path, file=file, verbosity="verbose") as log:
         for users in (0, 1234):
             log.train(train_record(50, skipped_users=users))
             log.evaluation(evaluation_record(50, skipped_users=users))
@@ -559,6 +563,59 @@ def test_skipped_users_are_summed_over_train_records_alone(tmp_path):
     assert skipped_sentence(1).startswith(
         "1 user was skipped"
     ) and skipped_sentence(1057).startswith("1,057 users were")
+
+
+def test_a_log_has_short_lines_and_a_table_of_domains_at_validations(tmp_path):
+    file = io.StringIO()
+    best = {"step": 50, "NDCG@10": 0.25}
+    with open_log(tmp_path, file=file, width=120) as log:
+        log.advance(50)
+        log.train(train_record(50))
+        log.evaluation(evaluation_record(50), best)
+        log.train(train_record(60, skipped_users=3))
+        log.evaluation(evaluation_record(50, kind="test"))
+    first, validation, *table, second, test = file.getvalue().splitlines()
+    assert re.fullmatch(
+        r"0:01:15  step  50/100  loss 2.5000  12.3k users/s  wait 3%  "
+        r"0:00:0\d left",
+        first,
+    )
+    assert validation.endswith("validation  NDCG@10 0.2500  the best so far")
+    assert [row.split() for row in table] == [
+        ["domain", "users", "NDCG@10", "λ", "φ"],
+        ["Books", "10", "0.2500", "0.500", "−0.125"],
+        ["Toys", "10", "0.2500", "0.500", "−0.125"],
+    ]
+    assert "loss 2.5000  NDCG@10 0.2500  12.3k users/s" in second
+    assert second.endswith("left  3 users skipped")
+    assert test.endswith("test  NDCG@10 0.2500")
+
+
+def test_a_resumed_run_shows_what_was_validated_before(tmp_path):
+    with open_log(tmp_path) as log:
+        log.train(train_record(10))
+        log.evaluation(evaluation_record(10))
+        log.evaluation(evaluation_record(20, mean={"NDCG@10": 0.5}))
+    file = io.StringIO()
+    with open_log(tmp_path, file=file, resume_step=10) as log:
+        log.train(train_record(11))
+    assert "loss 2.5000  NDCG@10 0.2500  " in file.getvalue()
+
+
+def test_a_quiet_log_shows_the_test_alone(tmp_path):
+    file = io.StringIO()
+    with open_log(tmp_path, file=file, verbosity="quiet") as log:
+        log.message("the model has 3 parameters")
+        log.advance(10)
+        log.show_first_step()
+        log.train(train_record(10))
+        log.evaluation(evaluation_record(10))
+        log.evaluation(evaluation_record(10, kind="test"))
+        log.message(evaluation_table(evaluation_record(10, kind="test")))
+    (line,) = file.getvalue().splitlines()
+    assert line.endswith("step  10/100  test  NDCG@10 0.2500")
+    kinds = [record["kind"] for record in read_records(tmp_path / METRICS_FILE)]
+    assert kinds == ["train", "validation", "test"]
 
 
 def test_a_record_that_is_not_shown_is_on_disk_all_the_same(tmp_path):

@@ -1,6 +1,7 @@
 """Recommendations of a small run against what its model and table say, item by item."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -542,5 +543,27 @@ def test_an_output_without_the_term_is_not_one_with_it(run, tmp_path):
 def test_the_term_is_not_for_logs_that_the_dataset_does_not_have(run, tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id,domain,timestamp\n")
     asked = HistoriesConfig(inputs=(str(tmp_path / "log.csv"),))
-    with pytest.raises(InputError, match=r"--recency-term .*--extend"):
+    with pytest.raises(InputError, match=r"--extend.*--skip-recency-term"):
         made(run, tmp_path / "out", asked, recency_term=True)
+
+
+def test_scores_have_the_term_where_the_run_says_so(run, tmp_path, monkeypatch):
+    config = open_run(run.folder)[0]
+    evaluation = replace(config.evaluation, recency_term=True)
+    timed = replace(config, evaluation=evaluation)
+
+    def open_timed(*arguments, **options):
+        return timed, open_run(*arguments, **options)[1]
+
+    opened = []
+    monkeypatch.setattr(trainer.serving.recommend, "open_run", open_timed)
+    monkeypatch.setattr(
+        trainer.serving.recommend,
+        "open_recency_term",
+        lambda *_: opened.append(1),
+    )
+    for asked, with_term in ((None, True), (False, False)):
+        output = tmp_path / str(asked)
+        record = made(run, output, k=1, recency_term=asked)
+        assert record["made_from"]["recency_term"] is with_term
+    assert opened == [1]
