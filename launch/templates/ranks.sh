@@ -5,14 +5,15 @@
 #         launch/templates/ranks.sh launch/train.py --config default data=DIR run=DIR
 #
 # A request to stop goes on to all ranks, however long their checkpoint takes. The status is that of the
-# first rank that does not end with 0: a scheduler can act on 75, 2 and 3. (torchrun's is 1 for all of
-# them.) Needs bash 5.1.
+# ranks: a scheduler can act on 75, 2 and 3. (torchrun's is 1 for all of them.)
 set -u
 
 ranks=()
 stopped=
+interrupted=
 stop() {
     stopped=yes
+    interrupted=yes
     kill -TERM "${ranks[@]}" 2>/dev/null
 }
 trap stop TERM USR1 INT HUP
@@ -27,14 +28,16 @@ done
 [ -z "$stopped" ] || stop # asked while they were started
 
 status=0
-left=$RANKS_PER_HOST
-while ((left > 0)); do
-    unset ended
-    wait -n -p ended
-    code=$?
-    [ -v ended ] || continue # it was a signal
-    left=$((left - 1))
-    if ((status == 0)); then
+for rank in "${ranks[@]}"; do
+    while true; do
+        interrupted=
+        wait "$rank"
+        code=$?
+        # A signal ends `wait` too, while the rank goes on.
+        [ "$interrupted" ] && [ "$code" -gt 128 ] || break
+    done
+    # 4 says that another rank is gone: that one's status says why.
+    if [ "$status" -eq 0 ] || { [ "$status" -eq 4 ] && [ "$code" -ne 0 ]; }; then
         status=$code
     fi
 done
