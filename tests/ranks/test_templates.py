@@ -279,7 +279,9 @@ def test_each_rank_of_a_host_knows_its_place(tmp_path):
         ("kill -KILL $$", 137),
     ],
 )
-def test_the_status_is_that_of_the_rank_that_is_the_cause(tmp_path, program, status):
+def test_the_status_is_that_of_the_rank_that_is_the_cause(
+    tmp_path, program, status
+):
     assert start_ranks(tmp_path, program).wait(30) == status
 
 
