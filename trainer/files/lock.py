@@ -14,10 +14,16 @@ _RETRY_AFTER = 0.05
 
 
 def wait_for_lock(file: Path) -> TextIO | None:
-    """As `take_lock`, but waits up to `PATIENCE` seconds for one who may be ending."""
+    """As `take_lock`, but waits up to `PATIENCE` seconds for one who may be ending.
+
+    Returns None too where the other process has removed the folder meanwhile: it has finished.
+    """
     deadline = time.monotonic() + PATIENCE
     while True:
-        lock = take_lock(file)
+        try:
+            lock = take_lock(file)
+        except FileNotFoundError:
+            return None
         if lock is not None or time.monotonic() > deadline:
             return lock
         time.sleep(_RETRY_AFTER)
@@ -26,15 +32,20 @@ def wait_for_lock(file: Path) -> TextIO | None:
 def take_lock(file: Path) -> TextIO | None:
     """Opens and locks a file until it is closed, or its process ends.
 
-    Returns None where another process has the lock. Raises OSError where the file cannot be
-    opened, or its file system has no locks.
+    Returns None where another process has the lock, or has just removed the file. Raises OSError
+    where the file cannot be opened, or its file system has no locks.
     """
     lock = open(file, "w", encoding="utf-8")  # noqa: SIM115 (held until the end)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if os.fstat(lock.fileno()).st_ino != file.stat().st_ino:
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError):
         lock.close()
         return None
+    except OSError:
+        lock.close()
+        raise
     return lock
 
 

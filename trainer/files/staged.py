@@ -115,7 +115,8 @@ class StagedOutput:
         lock = wait_for_lock(self.folder / _LOCK)
         if lock is None:
             raise InputError(
-                f"output {self.output} is being written by another process: wait for it or stop it"
+                f"output {self.output} is being written by another process: wait for it or stop it, "
+                "and give this command again"
             )
         return lock
 

@@ -1,6 +1,7 @@
 """One process has a lock, until it closes it or ends."""
 
 import fcntl
+import shutil
 import subprocess
 import sys
 import threading
@@ -60,6 +61,20 @@ def test_who_waits_for_a_lock_gets_it_once_it_is_free(tmp_path, monkeypatch):
     again = wait_for_lock(file)
     assert again is not None
     again.close()
+
+
+def test_a_lock_that_its_owner_removes_is_not_taken(tmp_path, monkeypatch):
+    """Else two processes would have one each, of files of one name."""
+    file = tmp_path / "work" / "lock"
+    file.parent.mkdir()
+    flock = fcntl.flock
+
+    def remove_and_lock(handle, how):
+        shutil.rmtree(file.parent)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    assert wait_for_lock(file) is None
 
 
 def test_a_folder_is_locked_once_and_what_replaces_it_is_free(tmp_path):
