@@ -5,10 +5,11 @@ A `Trainer` builds both or restores them from a checkpoint.
 Shapes: N uses of rows in a batch, U distinct rows, D domains, r width.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -38,11 +39,26 @@ from trainer.distributed.process_group import (
 from trainer.errors import InputError, NonFiniteLoss
 from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.stored import open_recency
+from trainer.reporting.trace.phases import (
+    BACKWARD,
+    BETWEEN,
+    COPY,
+    FORWARD,
+    GRADIENTS,
+    IDS,
+    OPTIMIZER,
+    ROWS,
+    SUMS,
+    TABLE,
+    PhaseClock,
+)
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from trainer.checkpoint.warm_start import WarmStart
     from trainer.data.format.dataset import Dataset
     from trainer.data.loading.batch_schedule import BatchSchedule
@@ -135,7 +151,7 @@ class Trainer:
             warm.restore_table(
                 self.table, config.table.init_std, config.warm_kept
             )
-        self.reduction = RankReduction()
+        self._build_clock()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
         self._skips_on_device = (
@@ -144,6 +160,14 @@ class Trainer:
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
+
+    def _build_clock(self) -> None:
+        """Builds the clock of phases, and has the exchanges of the dense model timed."""
+        self.phases = PhaseClock()
+        self.reduction = RankReduction(
+            functools.partial(self.phases.within, SUMS)
+        )
+        _time_gradients(self.engine, self.phases)
 
     def _fill_model(
         self, checkpoint: Path | None, warm: "WarmStart | None"
@@ -200,6 +224,7 @@ class Trainer:
         It is copied to the device and its ids are sent to the ranks that hold the rows. Called on
         all ranks, in the order of the steps.
         """
+        self.phases.begin(COPY)
         return self._prefetcher.prepare(batch, self.table)
 
     def train_step(
@@ -233,24 +258,33 @@ class Trainer:
         self._seed_dropout()
         self.engine.train()
         before = self._state_before_forward()
+        self.phases.begin(IDS)
         batch, exchange = self._prefetcher.take(prefetched)
+        self.phases.begin(ROWS)
         rows_UR = self.table.look_up(exchange)
+        self.phases.begin(FORWARD)
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the
         # rank that a user is on.
         used_NR = batch.gather_vectors(rows_UR.detach()).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
         if callable(following):
             following = following()
+        self.phases.begin(BACKWARD)
         self.engine.backward(loss)
         if following is not None:
+            self.phases.begin(IDS)
             self._prefetcher.send(following)
+        self.phases.begin(SUMS)
         gradient_NR = used_NR.grad
         assert gradient_NR is not None  # of backward
         gradient_NR = self._guard_gradient(
             gradient_NR, loss.detach(), report, batch, before, signals
         )
+        self.phases.begin(TABLE)
         self.table.update(batch.reduce_gradient(gradient_NR))
+        self.phases.begin(OPTIMIZER)
         self.engine.step()
+        self.phases.begin(BETWEEN)
         self.step += 1
         return loss.detach(), report
 
@@ -397,3 +431,14 @@ class Trainer:
         if not names:
             return ""
         return f"the {view} loss of {', '.join(names)}"
+
+
+def _time_gradients(engine: "DeepSpeedEngine", phases: PhaseClock) -> None:
+    """Has DeepSpeed's reduction of the dense gradient counted as a phase of its own."""
+    reduce = engine.allreduce_gradients
+
+    def reduce_timed(*arguments: Any, **options: Any) -> None:
+        with phases.within(GRADIENTS):
+            reduce(*arguments, **options)
+
+    engine.allreduce_gradients = reduce_timed

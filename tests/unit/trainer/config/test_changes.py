@@ -40,6 +40,7 @@ ON_RESUME = {
     "epochs",
     "max_steps",
     "log",
+    "profile",
     "checkpoint",
     "table.placement",
     "table.cache_share",

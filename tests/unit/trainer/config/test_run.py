@@ -40,7 +40,7 @@ UNKNOWN = {
     "negatives.count=3": ("per_target", "shared"),
     "stream.worker=3": ("workers", "prefetch"),
     "evaluation.negative=3": ("negatives", "patience"),
-    "log.interval=3": ("every", "tensorboard"),
+    "log.interval=3": ("every", "tensorboard", "trackers", "project"),
 }
 
 
