@@ -15,7 +15,7 @@ from trainer.errors import InputError, NonFiniteLoss, RunStopped
 ROOT = Path(__file__).resolve().parents[3]
 TEMPLATES = ROOT / "launch" / "templates"
 MANIFESTS = ["kubernetes.yaml", "indexed_job.yaml", "trainjob.yaml"]
-# The fields of Kubeflow Trainer v2 that its releases 2.0 to 2.2 have in common, as far as we need them:
+# The fields of Kubeflow Trainer v2 that the templates use, by its sources:
 # pkg/apis/trainer/v1alpha1 of kubeflow/trainer. No package holds its schema.
 KUBEFLOW = {
     "TrainJob.spec": {"runtimeRef", "trainer", "suspend"},
