@@ -177,6 +177,12 @@ class RunConfig:
     global_batch_size: int = setting(
         256, "users in a step, over all ranks", on_warm_start=True
     )
+    accumulation: int = setting(
+        1,
+        "micro-batches that a rank cuts its part of a batch into (gradient accumulation): "
+        "activations of one at a time are in memory, and a step takes about a third longer",
+        on_resume=True,
+    )
     tokens_per_batch: int = setting(
         0,
         "end a batch before it holds more interactions; 0: no limit",
@@ -236,7 +242,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "epochs"):
+        for name in ("global_batch_size", "accumulation", "epochs"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")

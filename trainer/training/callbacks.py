@@ -326,10 +326,9 @@ class Validation(Callback):
         context = self._context
         trainer = context.trainer
         recency = trainer.open_recency(context.watchdog.beat)
-        trainer.engine.eval()
         try:
             ranking = evaluate_split(
-                trainer.engine.module,
+                trainer.evaluation_model(),
                 trainer.table,
                 trainer.dataset,
                 context.ranks,

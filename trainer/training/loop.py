@@ -562,6 +562,8 @@ def describe_run(trainer: Trainer) -> str:
     batch = f"{config.global_batch_size} users"
     if config.tokens_per_batch:
         batch += f" or {config.tokens_per_batch:,} tokens"
+    if config.accumulation > 1:
+        batch += f" in {config.accumulation} micro-batches"
     domains = len(dataset.domains)
     processes = f"{ranks.world_size} ranks"
     if ranks.world_size == 1:

@@ -92,6 +92,7 @@ class RunContext:
             config.negatives,
             config.stream,
             config.model.mutual_information_candidates,
+            config.accumulation,
         )
         pin_memory = self.ranks.device.type == "cuda"
         return BatchFeed(

@@ -20,7 +20,15 @@ from embeddings.table import ItemTable
 from syncrec.batch.views import Batch
 from syncrec.losses.loss_correction import LossCorrection
 from syncrec.model import LossReport, SyNCRec
-from trainer.checkpoint.load import restore_model, restore_optimizers
+from trainer.checkpoint.load import (
+    restore_optimizers,
+    restore_training_model,
+)
+from trainer.checkpoint.zero_state import (
+    drop_average,
+    gather_average,
+    gather_state,
+)
 from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.loading.day_counts import count_recent
@@ -55,6 +63,7 @@ from trainer.reporting.trace.phases import (
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
+from trainer.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -154,12 +163,21 @@ class Trainer:
         self._build_clock()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
+        self._average = self._start_average()
         self._skips_on_device = (
             self._gradients.skips_on_device
             and ignores_zero_gradients(config.table)
         )
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
+
+    def _start_average(self) -> WeightAverage | None:
+        """Goes on with the average of the weights, or begins it; None without one."""
+        decay = self.config.optimizer.ema
+        if decay:
+            return WeightAverage(self.engine, decay)
+        drop_average(self.engine)
+        return None
 
     def _build_clock(self) -> None:
         """Builds the clock of phases, and has the exchanges of the dense model timed."""
@@ -174,7 +192,7 @@ class Trainer:
     ) -> None:
         """Fills the dense model before an engine is built around it."""
         if checkpoint is not None:
-            restore_model(checkpoint, self.model)
+            restore_training_model(checkpoint, self.model)
         if warm is not None:
             warm.restore_model(self.model)
         if self.model.clock is not None:
@@ -217,6 +235,19 @@ class Trainer:
                 locked=True,
             )
         return self._recency
+
+    def evaluation_model(self) -> torch.nn.Module:
+        """The dense model to validate with, in evaluation mode. Called on all ranks.
+
+        It is the engine's own, or with `optimizer.ema` another one with the average of its weights.
+        """
+        self.engine.eval()
+        average = gather_average(self.engine)
+        if not average:
+            return self.engine.module
+        model = SyNCRec(self.config.model, len(self.dataset.domains))
+        model.load_state_dict(gather_state(self.engine, True) | average)
+        return model.to(self.ranks.device).eval()
 
     def prepare(self, batch: Batch) -> PrefetchedBatch:
         """Starts to prefetch a batch for a step to come.
@@ -280,13 +311,19 @@ class Trainer:
         gradient_NR = self._guard_gradient(
             gradient_NR, loss.detach(), report, batch, before, signals
         )
+        self._update(batch, gradient_NR)
+        return loss.detach(), report
+
+    def _update(self, batch: Batch, gradient_NR: torch.Tensor) -> None:
+        """Updates table and dense model, and the average of the weights. Called on all ranks."""
         self.phases.begin(TABLE)
         self.table.update(batch.reduce_gradient(gradient_NR))
         self.phases.begin(OPTIMIZER)
         self.engine.step()
-        self.phases.begin(BETWEEN)
         self.step += 1
-        return loss.detach(), report
+        if self._average is not None and self._gradients.made is not None:
+            self._average.update(self.step, self._gradients.made)
+        self.phases.begin(BETWEEN)
 
     def _set_learning_rates(self) -> None:
         """Sets both learning rates to where the schedule is."""

@@ -35,13 +35,16 @@ class Everything:
         pass
 
 
-def batch_of(config):
+def batch_of(config, accumulation=1):
     dataset = dataset_of(1000, 3, users=8, steps=1)
     arrays = draw(
         dataset, 0, 8, 4, config.max_length, NegativesConfig(shared=300)
     )
     items = [domain.items for domain in dataset.domains]
-    return move(build_batch(*arrays, items, config.max_length), "cpu")
+    batch = build_batch(
+        *arrays, items, config.max_length, accumulation=accumulation
+    )
+    return move(batch, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -103,3 +106,13 @@ def test_slots_are_those_of_the_buckets():
     assert count_slots(cross_alone, batch)[1] == len(
         batch.cross.attention.pad_P
     )
+
+
+def test_micro_batches_have_the_operations_and_tokens_of_their_batch():
+    config = ModelConfig(dim=8, max_length=32, time_knots=0)
+    whole = batch_of(config)
+    cut = batch_of(config, accumulation=3)
+    assert len(cut.micro_batches) == 3
+    expected = step_operations(config, packed_work(config, whole))
+    assert step_operations(config, packed_work(config, cut)) == expected
+    assert count_slots(config, cut)[0] == count_slots(config, whole)[0]

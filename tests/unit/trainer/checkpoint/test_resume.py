@@ -271,6 +271,7 @@ FREE = {
     "run",
     "timeout_minutes",
     "deterministic",
+    "accumulation",
     "epochs",
     "max_steps",
     "optimizer.zero_stage",

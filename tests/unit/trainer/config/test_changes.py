@@ -37,6 +37,7 @@ ON_RESUME = {
     "run",
     "timeout_minutes",
     "deterministic",
+    "accumulation",
     "epochs",
     "max_steps",
     "log",
