@@ -97,6 +97,11 @@ setup(
         "index": [
             "faiss-cpu>=1.9"
         ],  # FAISS: an approximate index in an export, and the peer of benchmarks/ranking.py
+        # Schemas of Kubernetes' versions for tests/unit/launch/test_templates.py; 108 MB, so not in `test`.
+        "kubernetes": ["kubernetes-validate>=1.33"],
+        # log.trackers. MLflow's client alone: a local store (sqlite) and `mlflow ui` come with mlflow itself.
+        "mlflow": ["mlflow-skinny>=2.20"],
+        "wandb": ["wandb>=0.31"],  # before, login() asks on the terminal
         # What the benchmarks' peers need stands in benchmarks/peers.txt: RecBole cannot share an environment with NumPy 2.
         # On a CUDA machine plain pip does the same as launch/stack.py.
         "cuda": [

@@ -479,9 +479,12 @@ def timed_calls(
 
 
 def tensors(value: Any):
-    """All tensors in a dataclass and those in it."""
+    """All tensors in a dataclass, and in dataclasses and tuples in it."""
     if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors(item)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             yield from tensors(getattr(value, name))

@@ -20,6 +20,7 @@ COMMANDS = (
     "prepare",
     "doctor",
     "train",
+    "trace",
     "evaluate",
     "recommend",
     "export",

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.options import FinishedRun, ItemTitles
 from launch.stack import check_stack
 from trainer.config.command_line import option, parse_options
+from trainer.config.command_line.common_options import FinishedRun, ItemTitles
 from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError, exit_on_input_error
 

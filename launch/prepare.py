@@ -24,8 +24,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from launch.options import LogColumns
 from trainer.config.command_line import option, parse_options
+from trainer.config.command_line.common_options import LogColumns
 from trainer.config.prepare import PrepareConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.prepare.assembly import PERCENTILES

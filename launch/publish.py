@@ -18,10 +18,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launch.options import Device
 from launch.stack import check_stack
 from trainer.config import PublishConfig
 from trainer.config.command_line import option, parse_options
+from trainer.config.command_line.common_options import Device
 from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError, exit_on_input_error
 

@@ -22,9 +22,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launch.options import FinishedRun, LogColumns, RecencyTerm
 from launch.stack import check_stack
 from trainer.config.command_line import option, parse_options
+from trainer.config.command_line.common_options import (
+    FinishedRun,
+    LogColumns,
+    RecencyTerm,
+)
 from trainer.distributed.process_exit import run_script
 from trainer.errors import InputError, exit_on_input_error
 

@@ -291,7 +291,10 @@ def _install_cpu_build(requirement: str) -> bool:
 def _project() -> list[str]:
     """What pip installs beside torch, FBGEMM and TorchRec: a checkout itself, or a wheel's needs."""
     if _IS_CHECKOUT:
-        return ["--editable", f"{_ROOT}[{_EXTRA},test]"]
+        extras = _EXTRA
+        if (_ROOT / "tests").is_dir():  # an image has none
+            extras += ",test"
+        return ["--editable", f"{_ROOT}[{extras}]"]
     needs = []
     for line in importlib.metadata.requires(_PROJECT) or ():
         requirement, _, marker = line.partition(";")

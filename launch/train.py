@@ -25,14 +25,20 @@ if __name__ == "__main__":
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
-from launch.options import Device, ItemTitles, Verbosity
 from launch.stack import check_stack
 from trainer.config import RunConfig, load_config, to_yaml
 from trainer.config.command_line import option, parse_options
+from trainer.config.command_line.common_options import (
+    Device,
+    ItemTitles,
+    Verbosity,
+)
 from trainer.distributed.process_exit import run_script
 from trainer.distributed.supervisor import supervise
 from trainer.errors import exit_on_input_error
+from trainer.run_files import NCCL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +132,7 @@ def main() -> None:
     from trainer.training.loop import train
 
     with process_group.join_process_group(
-        config.timeout_minutes, options.device
+        config.timeout_minutes, options.device, Path(config.run) / NCCL
     ) as ranks:
         train(
             config,

@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from syncrec.batch.views import Batch, Candidates, Query, View
+from syncrec.batch.views import Batch, Candidates, MicroBatch, Query, View
 from syncrec.config import ModelConfig
 from syncrec.layers.attention import GroupLayerNorm
 from syncrec.layers.embedding import InputEmbedding
@@ -156,36 +157,88 @@ class SyNCRec(nn.Module):
 
         The loss is this rank's share of eq. 18 times the number of ranks. So its mean over ranks is
         the global batch's loss, and the means of its gradients are the global batch's gradients.
+
+        Of several micro-batches only the last one's activations are kept. Backward computes those
+        of the others anew, one micro-batch after the other (activation checkpointing). So loss, λ
+        and SC-MIM are those of the whole batch.
         """
-        with self._autocast(rows):
-            counts = [batch.interactions, len(rows) - batch.interactions]
-            inputs_NR, negatives_R = rows.split(counts)
-            cross_MR = self._cross_outputs(batch.cross, inputs_NR)
-            if isinstance(batch, Query):
-                return self._predict(batch, inputs_NR, cross_MR)
-            single_MR = None
-            if self.both_tasks:
-                single_MR = self._single_outputs(batch.single, inputs_NR)
+        if isinstance(batch, Query):
+            return self._predict(batch, rows)
+        gate_D = self._gates()
+        *earlier, (micro_batch, inputs_NR, negatives_R) = _split_rows(
+            batch, rows
+        )
+        sums = []
+        for rows_of_micro_batch in earlier:
+            sums.append(
+                checkpoint(
+                    self._sum_micro_batch,
+                    batch,
+                    *rows_of_micro_batch,
+                    gate_D,
+                    use_reentrant=False,
+                )
+            )
+        cross_MR, single_MR = self._outputs(micro_batch, inputs_NR, gate_D)
         with torch.autocast(rows.device.type, enabled=False):
-            cross_MR = cross_MR.to(rows.dtype)
-            if self.both_tasks:
-                single_MR = cast(Tensor, single_MR).to(rows.dtype)
             return self._compute_losses(
                 batch,
+                micro_batch,
                 inputs_NR,
                 negatives_R,
                 cross_MR,
                 single_MR,
                 reduction or Reduction(),
+                sums,
             )
 
-    def _predict(
+    def _sum_micro_batch(
+        self,
+        batch: Batch,
+        micro_batch: MicroBatch,
+        inputs_NR: Tensor,
+        negatives_R: Tensor,
+        gate_D: Tensor | None,
+    ) -> "_Sums":
+        """What the losses need of a micro-batch. It changes nothing: backward calls it once more."""
+        cross_MR, single_MR = self._outputs(micro_batch, inputs_NR, gate_D)
+        items = _ItemVectors(inputs_NR, negatives_R)
+        with torch.autocast(inputs_NR.device.type, enabled=False):
+            return self._sum_losses(
+                batch, micro_batch, items, cross_MR, single_MR
+            )
+
+    def _outputs(
+        self,
+        micro_batch: MicroBatch,
+        inputs_NR: Tensor,
+        gate_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Y^cross and Y^single, (M, r) each; None without a single-domain task."""
+        with self._autocast(inputs_NR):
+            cross_MR = self._cross_outputs(micro_batch.cross, inputs_NR, gate_D)
+            single_MR = None
+            if self.both_tasks:
+                single_MR = self._single_outputs(
+                    micro_batch.single, inputs_NR, gate_D
+                )
+                single_MR = single_MR.to(inputs_NR.dtype)
+        return cross_MR.to(inputs_NR.dtype), single_MR
+
+    def _predict(self, query: Query, rows: Tensor) -> Tensor:
+        """Y^cross at each user's newest token, mixed with the domain's Y^single, (B, D, r)."""
+        with self._autocast(rows):
+            inputs_NR = rows[: query.interactions]
+            cross_MR = self._cross_outputs(query.cross, inputs_NR)
+            return self._mix_predictions(query, inputs_NR, cross_MR)
+
+    def _mix_predictions(
         self,
         query: Query,
         inputs_NR: Tensor,
         cross_MR: Tensor,
     ) -> Tensor:
-        """Y^cross at each user's newest token, mixed with the domain's Y^single, (B, D, r)."""
+        """The predictions from Y^cross, (B, D, r)."""
         dtype = inputs_NR.dtype
         cross_BR = self._scoring(
             query.cross,
@@ -238,21 +291,25 @@ class SyNCRec(nn.Module):
         time_L = view.target_time_M.index_select(0, token_L)
         return output_LR + self.clock.encode_outputs(time_L)
 
-    def _cross_outputs(self, view: View, inputs_NR: Tensor) -> Tensor:
-        """Y^cross of eq. 4, (M, r)."""
+    def _cross_outputs(
+        self, view: View, inputs_NR: Tensor, gate_D: Tensor | None = None
+    ) -> Tensor:
+        """Y^cross of eq. 4, (M, r). gate_D: of `_gates`."""
         x_MR = self.tokens(view, inputs_NR)
         experts = self._run_experts(
             x_MR,
             view,
             self.cross_experts,
             self.single_experts,
-            self._gates_of_targets(view),
+            _gates_of_targets(view, gate_D),
         )
         weights_MK = self.cross_gate(x_MR, view, slice(None))
         return self.cross_tower(mix(weights_MK, experts))
 
-    def _single_outputs(self, view: View, inputs_NR: Tensor) -> Tensor:
-        """Y^single of eq. 2, domain after domain, (M, r)."""
+    def _single_outputs(
+        self, view: View, inputs_NR: Tensor, gate_D: Tensor | None = None
+    ) -> Tensor:
+        """Y^single of eq. 2, domain after domain, (M, r). gate_D: of `_gates`."""
         x_MR = self.tokens(view, inputs_NR)
         lengths = []
         tasks = []
@@ -264,7 +321,7 @@ class SyNCRec(nn.Module):
             view,
             self.single_experts,
             self.cross_experts,
-            self._gates_of_tasks(lengths),
+            _gates_of_tasks(lengths, gate_D),
         )
         weights = []
         inputs = x_MR.split(lengths)
@@ -302,39 +359,12 @@ class SyNCRec(nn.Module):
             return live_KMR, stopped_KMR
         return stopped_KMR, live_KMR
 
-    def _gates_of_tasks(self, lengths: list[int]) -> Tensor | None:
-        """What of each domain's own task may train experts 1..j, by token of its view, (M,).
-
-        lengths: the tasks' tokens. None where the paper's stop-gradient holds, or nothing is
-        trained.
-
-        Example: two domains, the second of them harmed, 3 and 2 tokens:
-
-            gap.unharmed_D    tensor([1.0, 0.1])
-            result            tensor([1.0, 1.0, 1.0, 0.1, 0.1])
-        """
-        gate_D = self._gates()
-        if gate_D is None:
-            return None
-        gates = []
-        for gate, length in zip(gate_D, lengths, strict=True):
-            gates.append(gate.expand(length))
-        return torch.cat(gates)
-
-    def _gates_of_targets(self, view: View) -> Tensor | None:
-        """What of the cross-domain task may train experts j+1..K, by token, (M,).
-
-        It is the gate of the domain whose item the token predicts. None as in `_gates_of_tasks`.
-        """
-        gate_D = self._gates()
-        if gate_D is None:
-            return None
-        gate_L = gate_D.index_select(0, view.target_domain_L)
-        ones_M = gate_D.new_ones(len(view.input_M))
-        return ones_M.index_copy(0, view.target_token_L, gate_L)
-
     def _gates(self) -> Tensor | None:
-        """By domain, how much of the gradient passes between the tasks' experts, (D,)."""
+        """By domain, how much of the gradient passes between the tasks' experts, (D,).
+
+        None where the paper's stop-gradient holds, or nothing is trained. Taken before the batch's
+        gaps are: a micro-batch that backward computes anew has the same.
+        """
         if self.config.stop_gradient != "harm" or not torch.is_grad_enabled():
             return None
         return self._harm_gap.unharmed_D
@@ -344,44 +374,65 @@ class SyNCRec(nn.Module):
         """The gap that says who is harmed: of what is predicted."""
         return cast(GapAverage, self.gap_of_mean or self.gap)
 
+    def _sum_losses(
+        self,
+        batch: Batch,
+        micro_batch: MicroBatch,
+        items: "_ItemVectors",
+        cross_MR: Tensor,
+        single_MR: Tensor | None,
+    ) -> "_Sums":
+        """What the losses need of a micro-batch, from the outputs of both views.
+
+        single_MR: None without a single-domain task; its sums are then 0.
+        """
+        view = micro_batch.cross
+        cross_L = self._prediction_losses(
+            batch, micro_batch, view, items, cross_MR
+        )
+        cross_sums = _sum_by_domain(view, cross_L)
+        single_sums = torch.zeros_like(cross_sums)
+        if self.both_tasks:
+            view = micro_batch.single
+            single_L = self._prediction_losses(
+                batch, micro_batch, view, items, cast(Tensor, single_MR)
+            )
+            single_sums = _sum_by_domain(view, single_L)
+        pooled = None
+        if self.mutual_information is not None:
+            pooled = self._pool(micro_batch, cross_MR, cast(Tensor, single_MR))
+        # Without gradient, and last: where backward computes the rest anew it stops before them.
+        mean_D = self._gap_sums_of_mean(
+            batch, micro_batch, items, cross_MR, single_MR
+        )
+        coalition_C = self._coalition_sums(batch, micro_batch, items)
+        return _Sums(single_sums, cross_sums, mean_D, coalition_C, pooled)
+
     def _compute_losses(
         self,
         batch: Batch,
+        micro_batch: MicroBatch,
         inputs_NR: Tensor,
         negatives_R: Tensor,
         cross_MR: Tensor,
         single_MR: Tensor | None,
         reduction: Reduction,
+        earlier: "Sequence[_Sums]" = (),
     ) -> tuple[Tensor, LossReport]:
-        """Eq. 18 from the outputs of both views.
+        """Eq. 18 from the outputs of both views, of the batch's last micro-batch.
 
-        single_MR: None without a single-domain task; its sums are then 0.
+        single_MR: None without a single-domain task. earlier: of the micro-batches before it.
         """
         items = _ItemVectors(inputs_NR, negatives_R)
-        cross_L = self._prediction_losses(batch, batch.cross, items, cross_MR)
-        cross_sums = _sum_by_domain(batch.cross, cross_L)
-        single_sums = torch.zeros_like(cross_sums)
-        if self.both_tasks:
-            single_L = self._prediction_losses(
-                batch,
-                batch.single,
-                items,
-                cast(Tensor, single_MR),
-            )
-            single_sums = _sum_by_domain(batch.single, single_L)
-        mean_D = self._gap_sums_of_mean(batch, items, cross_MR, single_MR)
-        coalition_C = self._coalition_sums(batch, items)
+        last = self._sum_losses(batch, micro_batch, items, cross_MR, single_MR)
+        sums = _join([*earlier, last])
         # In flight while SC-MIM is computed: what λ and the means need of the other ranks.
-        local = torch.cat([*single_sums, *cross_sums, mean_D, coalition_C])
-        wait = reduction.start_sum(local.detach().double())
-        information_D = self._mutual_information(
-            batch,
-            single_MR,
-            cross_MR,
-            reduction,
+        local = torch.cat(
+            [*sums.single_4D, *sums.cross_4D, sums.mean_D, sums.coalition_C]
         )
-        totals = _Totals(wait(), self.domains, len(mean_D))
-
+        wait = reduction.start_sum(local.detach().double())
+        information_D = self._mutual_information(batch, sums, reduction)
+        totals = _Totals(wait(), self.domains, len(sums.mean_D))
         phi_D = transfer_gap(
             totals.single_gap,
             totals.cross_gap,
@@ -389,12 +440,25 @@ class SyNCRec(nn.Module):
         )
         self._observe_gap(totals, phi_D)
         lambda_D = self._weigh_domains(totals, phi_D, cross_MR)
-        scale = reduction.world_size
-        dtype = cross_MR.dtype
+        return self._weigh_losses(
+            sums, totals, phi_D, lambda_D, information_D, reduction.world_size
+        )
+
+    def _weigh_losses(
+        self,
+        sums: "_Sums",
+        totals: "_Totals",
+        phi_D: Tensor,
+        lambda_D: Tensor,
+        information_D: Tensor,
+        scale: int,
+    ) -> tuple[Tensor, LossReport]:
+        """Eq. 18 with its weights. scale: the number of ranks."""
+        dtype = sums.cross_4D.dtype
         single_targets = totals.single_targets.sum().clamp(min=1)
         cross_targets = totals.cross_targets.sum().clamp(min=1)
-        single_sum = single_sums[0].sum()
-        cross_sum = (lambda_D.to(dtype) * cross_sums[0]).sum()
+        single_sum = sums.single_4D[0].sum()
+        cross_sum = (lambda_D.to(dtype) * sums.cross_4D[0]).sum()
         loss_single = scale * single_sum / single_targets.to(dtype)
         loss_cross = scale * cross_sum / cross_targets.to(dtype)
         information = information_D.sum()
@@ -485,7 +549,12 @@ class SyNCRec(nn.Module):
             mutual_information=information.detach(),
         )
 
-    def _coalition_sums(self, batch: Batch, items: "_ItemVectors") -> Tensor:
+    def _coalition_sums(
+        self,
+        batch: Batch,
+        micro_batch: MicroBatch,
+        items: "_ItemVectors",
+    ) -> Tensor:
         """This rank's sum of cross-domain losses with the items of each coalition of domains.
 
         (2^D,); none without Shapley.
@@ -493,24 +562,24 @@ class SyNCRec(nn.Module):
         if self.config.loss_correction != "shapley":
             return items.inputs_NR.new_zeros(0)
 
+        view = micro_batch.cross
+
         def loss_of(shown_NR: Tensor) -> Tensor:
             with self._autocast(shown_NR):
-                cross_MR = self._cross_outputs(batch.cross, shown_NR)
+                cross_MR = self._cross_outputs(view, shown_NR)
                 cross_MR = cross_MR.to(shown_NR.dtype)
             loss_L = self._prediction_losses(
-                batch,
-                batch.cross,
-                items,
-                cross_MR,
+                batch, micro_batch, view, items, cross_MR
             )
-            return (loss_L * batch.cross.target_weight_L).sum()
+            return (loss_L * view.target_weight_L).sum()
 
-        return coalition_losses(self, batch, items.inputs_NR, loss_of)
+        return coalition_losses(self, micro_batch, items.inputs_NR, loss_of)
 
     @torch.no_grad()
     def _gap_sums_of_mean(
         self,
         batch: Batch,
+        micro_batch: MicroBatch,
         items: "_ItemVectors",
         cross_MR: Tensor,
         single_MR: Tensor | None,
@@ -521,37 +590,45 @@ class SyNCRec(nn.Module):
         """
         if not self.config.compares_mean or not self.training:
             return cross_MR.new_zeros(0)
-        view = batch.cross
+        view = micro_batch.cross
         cross_LR = self._scoring(view, cross_MR, view.target_token_L)
-        single = batch.single
+        single = micro_batch.single
         single_LR = self._scoring(
             single, cast(Tensor, single_MR), single.target_token_L
         )
         # Of a target that the single-domain view lacks it is some other, which does not count.
         target_N = torch.zeros(
-            batch.interactions, dtype=torch.int64, device=cross_MR.device
+            micro_batch.interactions,
+            dtype=torch.int64,
+            device=cross_MR.device,
         )
         number_L = torch.arange(len(single_LR), device=cross_MR.device)
         target_N = target_N.index_copy(0, single.target_interaction_L, number_L)
         target_L = target_N.index_select(0, view.target_interaction_L)
         mean_LR = (cross_LR + single_LR.index_select(0, target_L)) / 2
-        loss_L = self._losses_of_predictions(batch, view, items, mean_LR)
+        loss_L = self._losses_of_predictions(
+            batch, micro_batch, view, items, mean_LR
+        )
         return _sum_by_domain(view, loss_L)[2]
 
     def _prediction_losses(
         self,
         batch: Batch,
+        micro_batch: MicroBatch,
         view: View,
         items: "_ItemVectors",
         output_MR: Tensor,
     ) -> Tensor:
         """The loss of each of the view's targets (eq. 8 or 9), (L,)."""
         predicted_LR = self._scoring(view, output_MR, view.target_token_L)
-        return self._losses_of_predictions(batch, view, items, predicted_LR)
+        return self._losses_of_predictions(
+            batch, micro_batch, view, items, predicted_LR
+        )
 
     def _losses_of_predictions(
         self,
         batch: Batch,
+        micro_batch: MicroBatch,
         view: View,
         items: "_ItemVectors",
         predicted_LR: Tensor,
@@ -563,6 +640,7 @@ class SyNCRec(nn.Module):
         if batch.negatives is None:
             return self._losses_of_shared(
                 batch,
+                micro_batch,
                 view,
                 items,
                 predicted_LR,
@@ -570,7 +648,7 @@ class SyNCRec(nn.Module):
                 lengths,
             )
         own_NnR = items.negatives_R.view(
-            batch.interactions,
+            micro_batch.interactions,
             batch.negatives,
             -1,
         )
@@ -591,6 +669,7 @@ class SyNCRec(nn.Module):
     def _losses_of_shared(
         self,
         batch: Batch,
+        micro_batch: MicroBatch,
         view: View,
         items: "_ItemVectors",
         predicted_LR: Tensor,
@@ -603,7 +682,10 @@ class SyNCRec(nn.Module):
         shared_rows = batch.inverse[batch.interactions :].split(
             negative_lengths
         )
-        target_row_L = batch.inverse.index_select(0, view.target_interaction_L)
+        row_N = batch.inverse.narrow(
+            0, micro_batch.first_interaction, micro_batch.interactions
+        )
+        target_row_L = row_N.index_select(0, view.target_interaction_L)
         target_rows = target_row_L.split(lengths)
         predicted = predicted_LR.split(lengths)
         positives = positive_L.split(lengths)
@@ -622,11 +704,33 @@ class SyNCRec(nn.Module):
             )
         return torch.cat(losses)
 
+    def _pool(
+        self,
+        micro_batch: MicroBatch,
+        cross_MR: Tensor,
+        single_MR: Tensor,
+    ) -> "_Pooled":
+        """Both views of a micro-batch's users, as SC-MIM compares them."""
+        users = micro_batch.users
+        single_BDR, single_count_BD = pool(
+            single_MR,
+            micro_batch.single,
+            users,
+            self.domains,
+        )
+        cross_BDR, cross_count_BD = pool(
+            cross_MR,
+            micro_batch.cross,
+            users,
+            self.domains,
+        )
+        in_both_BD = (single_count_BD > 0) & (cross_count_BD > 0)
+        return _Pooled(single_BDR, cross_BDR, in_both_BD)
+
     def _mutual_information(
         self,
         batch: Batch,
-        single_MR: Tensor | None,
-        cross_MR: Tensor,
+        sums: "_Sums",
         reduction: Reduction,
     ) -> Tensor:
         """This rank's share of the domains' bounds (eq. 16), (D,).
@@ -634,22 +738,13 @@ class SyNCRec(nn.Module):
         Each is a mean over the users of the global batch.
         """
         if self.mutual_information is None:
-            return cross_MR.new_zeros(self.domains)
+            return sums.cross_4D.new_zeros(self.domains)
+        pooled = cast(_Pooled, sums.pooled)
+        single_BDR = pooled.single_BDR
+        cross_BDR = pooled.cross_BDR
         users = len(batch.weight_B)
-        single_BDR, single_count_BD = pool(
-            cast(Tensor, single_MR),
-            batch.single,
-            users,
-            self.domains,
-        )
-        cross_BDR, cross_count_BD = pool(
-            cross_MR,
-            batch.cross,
-            users,
-            self.domains,
-        )
-        in_both_BD = (single_count_BD > 0) & (cross_count_BD > 0)
-        present_BD = in_both_BD & (batch.weight_B > 0).unsqueeze(1)
+        has_weight_B1 = (batch.weight_B > 0).unsqueeze(1)
+        present_BD = pooled.in_both_BD & has_weight_B1
         position_B = torch.arange(users, device=present_BD.device)
         candidates_GDR = single_BDR
         present_GD = present_BD
@@ -729,6 +824,77 @@ class _ItemVectors:
     negatives_R: Tensor
 
 
+@dataclass(frozen=True)
+class _Pooled:
+    """The views that SC-MIM compares, (B, D, r) each. in_both_BD: bool, who has tokens in both."""
+
+    single_BDR: Tensor
+    cross_BDR: Tensor
+    in_both_BD: Tensor
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What the losses need of a micro-batch, or of all of them: on this rank.
+
+    single_4D, cross_4D: `_sum_by_domain` of both views. mean_D: of `_gap_sums_of_mean`.
+    coalition_C: of `_coalition_sums`. pooled: None without SC-MIM.
+    """
+
+    single_4D: Tensor
+    cross_4D: Tensor
+    mean_D: Tensor
+    coalition_C: Tensor
+    pooled: _Pooled | None
+
+
+def _join(sums: Sequence[_Sums]) -> _Sums:
+    """The sums over micro-batches, and the pooled views of all their users."""
+    if len(sums) == 1:
+        return sums[0]
+    pooled = None
+    of_parts = [cast(_Pooled, one.pooled) for one in sums]
+    if sums[0].pooled is not None:
+        pooled = _Pooled(
+            torch.cat([one.single_BDR for one in of_parts]),
+            torch.cat([one.cross_BDR for one in of_parts]),
+            torch.cat([one.in_both_BD for one in of_parts]),
+        )
+    return _Sums(
+        torch.stack([one.single_4D for one in sums]).sum(0),
+        torch.stack([one.cross_4D for one in sums]).sum(0),
+        torch.stack([one.mean_D for one in sums]).sum(0),
+        torch.stack([one.coalition_C for one in sums]).sum(0),
+        pooled,
+    )
+
+
+def _split_rows(
+    batch: Batch, rows: Tensor
+) -> list[tuple[MicroBatch, Tensor, Tensor]]:
+    """Each micro-batch with the vectors of its interactions and of its negatives.
+
+    Shared negatives are all micro-batches' own.
+
+    Example: 5 interactions in micro-batches of 2 and 3, two negatives each, `rows` without r:
+
+        rows      tensor([a, b,   c, d, e,   f, g, h, i,   j, k, l, m, n, o])
+        result    (…, [a, b], [f, g, h, i]), (…, [c, d, e], [j, k, l, m, n, o])
+    """
+    lengths = [one.interactions for one in batch.micro_batches]
+    if batch.negatives is None:
+        sizes = [*lengths, len(rows) - batch.interactions]
+    else:
+        sizes = lengths + [batch.negatives * length for length in lengths]
+    # One split: the gradient of each is a whole tensor.
+    pieces = rows.split(sizes)
+    inputs = pieces[: len(lengths)]
+    negatives = pieces[len(lengths) :]
+    if batch.negatives is None:
+        negatives = len(lengths) * negatives
+    return list(zip(batch.micro_batches, inputs, negatives, strict=True))
+
+
 class _Totals:
     """Sums over the global batch, float64: what `_sum_by_domain` gives of both views, (D,) each.
 
@@ -791,6 +957,36 @@ def mix(weights_MK: Tensor, experts: Sequence[Tensor]) -> Tensor:
         weight_KM1 = weight_MK.T.unsqueeze(2).to(output_KMR.dtype)
         total = total + (weight_KM1 * output_KMR).sum(0)
     return cast(Tensor, total)
+
+
+def _gates_of_tasks(lengths: list[int], gate_D: Tensor | None) -> Tensor | None:
+    """What of each domain's own task may train experts 1..j, by token of its view, (M,).
+
+    lengths: the tasks' tokens. gate_D: of `SyNCRec._gates`.
+
+    Example: two domains, the second of them harmed, 3 and 2 tokens:
+
+        gate_D    tensor([1.0, 0.1])
+        result    tensor([1.0, 1.0, 1.0, 0.1, 0.1])
+    """
+    if gate_D is None:
+        return None
+    gates = []
+    for gate, length in zip(gate_D, lengths, strict=True):
+        gates.append(gate.expand(length))
+    return torch.cat(gates)
+
+
+def _gates_of_targets(view: View, gate_D: Tensor | None) -> Tensor | None:
+    """What of the cross-domain task may train experts j+1..K, by token, (M,).
+
+    It is the gate of the domain whose item the token predicts. None as in `_gates_of_tasks`.
+    """
+    if gate_D is None:
+        return None
+    gate_L = gate_D.index_select(0, view.target_domain_L)
+    ones_M = gate_D.new_ones(len(view.input_M))
+    return ones_M.index_copy(0, view.target_token_L, gate_L)
 
 
 def _lengths_of(starts: Sequence[int]) -> list[int]:

@@ -61,8 +61,9 @@ def _block_operations(config: "ModelConfig", work: Work) -> int:
 def packed_work(
     config: "ModelConfig", batch: "Batch", square: bool = False
 ) -> list[Work]:
-    """The views of a packed `syncrec.batch.build.Batch` on the host.
+    """The views of a packed `syncrec.batch.build.Batch` on the host, of each micro-batch.
 
+    What backward computes anew of micro-batches is not counted: it is not the model's.
     square: count attention as a kernel that computes each bucket's whole square does, instead
     of what is needed: n (n + 1) / 2 pairs for a sequence of n tokens.
     """
@@ -71,9 +72,13 @@ def packed_work(
     if config.stop_gradient is True:
         cross_live = config.cross_experts
         single_live = config.experts - config.cross_experts
-    works = [_view_work(batch, batch.cross, cross_live, square)]
-    if config.tasks == "both":
-        works.append(_view_work(batch, batch.single, single_live, square))
+    works = []
+    for micro_batch in batch.micro_batches:
+        works.append(_view_work(batch, micro_batch.cross, cross_live, square))
+        if config.tasks == "both":
+            works.append(
+                _view_work(batch, micro_batch.single, single_live, square)
+            )
     return works
 
 
@@ -123,9 +128,11 @@ def count_slots(config: "ModelConfig", batch: "Batch") -> tuple[int, int]:
 
     Example: three sequences of 3, 1 and 2 tokens in one bucket are 6 tokens in 9 slots.
     """
-    views = [batch.cross]
-    if config.tasks == "both":
-        views.append(batch.single)
+    views = []
+    for micro_batch in batch.micro_batches:
+        views.append(micro_batch.cross)
+        if config.tasks == "both":
+            views.append(micro_batch.single)
     tokens = 0
     slots = 0
     for view in views:

@@ -6,6 +6,7 @@ so that the command decides what its children hear, and when.
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -28,6 +29,15 @@ def die_with_parent(parent: int) -> None:
         prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before
         os._exit(128 + signal.SIGKILL)
+
+
+def end_with(parent: int) -> Callable[[], None]:
+    """For subprocess.Popen(preexec_fn=…): the command is killed where its parent is.
+
+    Else a command that was killed leaves one behind that writes, and cannot be given again at once.
+    The thread that starts the command has to wait for it.
+    """
+    return functools.partial(die_with_parent, parent)
 
 
 def set_up_worker(parent: int) -> None:
@@ -75,6 +85,7 @@ class StoppableCommands:
             env=environment,
             stdin=subprocess.DEVNULL,
             process_group=0,
+            preexec_fn=end_with(os.getpid()),
         )
         self._group = child.pid
         if self.stopped:  # asked between two lines

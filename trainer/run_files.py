@@ -7,6 +7,12 @@ A run's folder (`run=DIR`):
     run/split.json                              of a split by time: where its cuts are
     run/metrics.jsonl                           one record a line: train, validation, test
     run/tensorboard/                            the same figures as TensorBoard's event files
+    run/trackers.json                           the run's own name in each tracker (MLflow, W&B)
+    run/wandb/                                  W&B's files
+    run/phases/rank-00000.jsonl                 the phases of a rank's steps, a line a step
+    run/trace.html                              who waits for whom (`syncrec trace`)
+    run/profile/                                traces of PyTorch's profiler, a table of operators
+    run/nccl/rank-0                             a rank's last NCCL collectives, after a timeout
     run/status.json                             whether it trains, has stopped, failed or finished
     run/report.html                             the run on one page
     run/look.json                               what an inspection of the best model gave
@@ -39,6 +45,13 @@ CONFIG = "config.yaml"
 SPLIT = "split.json"
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers.json"
+WANDB = "wandb"
+PHASES_FOLDER = "phases"  # see phases_file
+TRACE = "trace.html"
+PROFILE = "profile"  # see trace_file
+OPERATORS = "operators.txt"  # in it
+NCCL = "nccl"
 STATUS = "status.json"
 REPORT = "report.html"
 LOOK = "look.json"
@@ -80,6 +93,21 @@ def full_ranking_file(split: str) -> str:
 def user_ranks_file(split: str) -> str:
     """The file with each user's positions in a full ranking. split: test or validation."""
     return RANKS.format(split=split)
+
+
+def phases_file(rank: int) -> str:
+    """The file with the phases of a rank's steps."""
+    return f"{PHASES_FOLDER}/rank-{rank:05d}.jsonl"
+
+
+def trace_file(first: int, last: int, rank: int) -> str:
+    """The file with the profiler's trace of some steps of a rank."""
+    return f"{PROFILE}/steps-{first}-{last}-rank-{rank:05d}.trace.json.gz"
+
+
+def memory_file(rank: int) -> str:
+    """The file with a snapshot of a rank's device that ran out of memory."""
+    return f"{PROFILE}/memory-rank-{rank:05d}.pickle"
 
 
 def checkpoint_name(step: int, repetition: int = 0) -> str:

@@ -53,8 +53,10 @@ from syncrec.batch.attention_layout import (
     build_attention_layout,
     sort_small,
 )
+from syncrec.batch.micro_batches import cut_micro_batches
 from syncrec.batch.views import (
     Batch,
+    MicroBatch,
     Query,
     View,
 )
@@ -112,6 +114,7 @@ def build_batch(
     max_length: int,
     pooling: str = "mean",
     ticks_N: np.ndarray | None = None,
+    accumulation: int = 1,
 ) -> Batch:
     """Packs both views of one rank's users; this module's head draws an example. Call `trim` first.
 
@@ -121,15 +124,20 @@ def build_batch(
     arrays, each shared by the targets of a domain.
     pooling: which tokens stand for a user's domain in SC-MIM, "mean": all, "last": the newest.
     ticks_N: the time of each interaction; None: all at 0.
+    accumulation: into how many micro-batches the users are cut.
     """
     domains = len(domain_items)
     ticks_N = _to_ticks(ticks_N, len(items_N))
     weight_B = weight_B.astype(np.float32)
-    build_views = _build_views
-    if not compiled.why_missing():
-        build_views = compiled.build_views
-    cross, single = build_views(
-        lengths_B, domain_N, ticks_N, weight_B, domains, max_length, pooling
+    micro_batches = _build_micro_batches(
+        lengths_B,
+        domain_N,
+        ticks_N,
+        weight_B,
+        domains,
+        max_length,
+        pooling,
+        accumulation,
     )
     rows = _list_rows(items_N, negatives)
     return Batch(
@@ -140,9 +148,47 @@ def build_batch(
         negative_starts=rows.negative_starts,
         domain_items=tuple(int(items) for items in domain_items),
         weight_B=torch.from_numpy(weight_B),
-        cross=cross,
-        single=single,
+        micro_batches=tuple(micro_batches),
     )
+
+
+def _build_micro_batches(
+    lengths_B: np.ndarray,
+    domain_N: np.ndarray,
+    ticks_N: np.ndarray,
+    weight_B: np.ndarray,
+    domains: int,
+    max_length: int,
+    pooling: str,
+    count: int,
+) -> list[MicroBatch]:
+    """Both views of each micro-batch's users."""
+    build_views = _build_views
+    if not compiled.why_missing():
+        build_views = compiled.build_views
+    micro_batches = []
+    first = 0
+    for users in cut_micro_batches(lengths_B, count):
+        end = first + int(lengths_B[users].sum())
+        cross, single = build_views(
+            lengths_B[users],
+            domain_N[first:end],
+            ticks_N[first:end],
+            weight_B[users],
+            domains,
+            max_length,
+            pooling,
+        )
+        micro_batch = MicroBatch(
+            users=users.stop - users.start,
+            first_interaction=first,
+            interactions=end - first,
+            cross=cross,
+            single=single,
+        )
+        micro_batches.append(micro_batch)
+        first = end
+    return micro_batches
 
 
 def _build_views(

@@ -104,10 +104,33 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """Some of a batch's users, whose activations are in memory together.
+
+    Its views number interactions from its own first one on, and users likewise.
+
+    Attributes:
+        users: B.
+        first_interaction: of the batch's interactions, the first that is the micro-batch's.
+        interactions: N.
+        cross: the cross-domain view.
+        single: the single-domain view.
+    """
+
+    users: int
+    first_interaction: int
+    interactions: int
+    cross: View
+    single: View
+
+
+@dataclass(frozen=True)
 class Batch:
     """Users of one rank in one training step.
 
-    The head of syncrec/batch/build.py draws an example.
+    The head of syncrec/batch/build.py draws an example. With gradient accumulation the users are
+    in several micro-batches, one after the other; otherwise in one, whose views are `cross` and
+    `single`.
 
     Attributes:
         distinct: rows of M to look up, each once, rising (U,). Empty where every user only fills
@@ -120,8 +143,7 @@ class Batch:
             number; D + 1 numbers, empty where none are shared.
         domain_items: items of each domain, for the correction of the sampled softmax.
         weight_B: 1, or 0 for a user that only fills up the batch.
-        cross: the cross-domain view.
-        single: the single-domain view.
+        micro_batches: the views of all users, in order.
         candidates: users that stand for all in SC-MIM; None where all of the global batch do.
     """
 
@@ -132,9 +154,20 @@ class Batch:
     negative_starts: tuple[int, ...]
     domain_items: tuple[int, ...]
     weight_B: Tensor
-    cross: View
-    single: View
+    micro_batches: tuple[MicroBatch, ...]
     candidates: Candidates | None = None
+
+    @property
+    def cross(self) -> View:
+        """The cross-domain view of a batch that is one micro-batch."""
+        (micro_batch,) = self.micro_batches
+        return micro_batch.cross
+
+    @property
+    def single(self) -> View:
+        """The single-domain view of a batch that is one micro-batch."""
+        (micro_batch,) = self.micro_batches
+        return micro_batch.single
 
     @property
     def ids(self) -> Tensor:
@@ -209,7 +242,10 @@ def move(value: _Packed, device: torch.device | str) -> _Packed:
 def map_tensors(
     value: _Packed, function: Callable[[Tensor], Tensor]
 ) -> _Packed:
-    """The same dataclass with function(tensor) for each tensor, those of inner dataclasses too."""
+    """The same dataclass with function(tensor) for each tensor.
+
+    So for those of inner dataclasses, and of tuples of dataclasses.
+    """
     changed: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
@@ -218,6 +254,10 @@ def map_tensors(
         elif is_dataclass(item):
             changed[field.name] = map_tensors(
                 cast("DataclassInstance", item), function
+            )
+        elif isinstance(item, tuple) and item and is_dataclass(item[0]):
+            changed[field.name] = tuple(
+                map_tensors(inner, function) for inner in item
             )
     return replace(value, **changed)
 

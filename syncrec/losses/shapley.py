@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from syncrec.batch.views import Batch
+from syncrec.batch.views import MicroBatch
 from syncrec.config import ModelConfig
 
 MOST_DOMAINS = 6  # 64 forward passes a step
@@ -96,7 +96,7 @@ class ShapleyCorrection(nn.Module):
 @torch.no_grad()
 def coalition_losses(
     model: nn.Module,
-    batch: Batch,
+    micro_batch: MicroBatch,
     inputs_NR: Tensor,
     loss_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
@@ -106,7 +106,7 @@ def coalition_losses(
     evaluation meanwhile: without dropout nothing is drawn, and λ does not depend on how users are
     spread over ranks. Positions, times and SOS belong to no domain.
     """
-    bit_N = _list_domain_bits(batch, inputs_NR)
+    bit_N = _list_domain_bits(micro_batch, inputs_NR)
     losses = []
     with _evaluation_mode(model):
         for coalition in range(2 ** cast(int, model.domains)):
@@ -116,18 +116,18 @@ def coalition_losses(
         return torch.stack(losses)
 
 
-def _list_domain_bits(batch: Batch, inputs_NR: Tensor) -> Tensor:
+def _list_domain_bits(micro_batch: MicroBatch, inputs_NR: Tensor) -> Tensor:
     """2^domain of every interaction that is some token's input; of the others, 0.
 
     An input of the cross-domain view is among the newest of its own domain too, so the
     single-domain view has it.
     """
-    input_M = batch.single.input_M
+    view = micro_batch.single
     bits = []
-    for domain, (start, end) in enumerate(pairwise(batch.single.task_starts)):
-        bits.append(input_M.new_full((end - start,), 1 << domain))
-    bit_of_input = input_M.new_zeros(1 + len(inputs_NR))
-    bit_of_input.scatter_(0, input_M, torch.cat(bits))
+    for domain, (start, end) in enumerate(pairwise(view.task_starts)):
+        bits.append(view.input_M.new_full((end - start,), 1 << domain))
+    bit_of_input = view.input_M.new_zeros(1 + len(inputs_NR))
+    bit_of_input.scatter_(0, view.input_M, torch.cat(bits))
     return bit_of_input[1:]  # the first is SOS
 
 

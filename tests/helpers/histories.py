@@ -106,12 +106,17 @@ def flatten(histories):
         lengths_B,
         domain_N,
         weight_B,
-        np.array(own, np.int64).reshape(len(items_N), -1),
+        np.array(own, np.int64).reshape(len(items_N), -1 if own else 0),
     )
 
 
 def pack(
-    histories, domain_items, max_length, pooling="mean", shared_negatives=None
+    histories,
+    domain_items,
+    max_length,
+    pooling="mean",
+    shared_negatives=None,
+    accumulation=1,
 ):
     """The packed batch of trimmed histories, and the (user, step) of each of its interactions."""
     items_N, lengths_B, domain_N, weight_B, negatives_Nn = flatten(histories)
@@ -137,5 +142,6 @@ def pack(
         max_length,
         pooling,
         ticks_N,
+        accumulation,
     )
     return move(batch, "cpu"), [keys[place] for place in kept]

@@ -149,6 +149,7 @@ def train(trainer, steps):
         config.negatives,
         config.stream,
         config.model.mutual_information_candidates,
+        config.accumulation,
     )
     for _, fed in zip(range(steps), batches, strict=False):
         trainer.train_step(fed.batch)

@@ -1,6 +1,8 @@
 """Started with real ranks: one run through the trainer's own loop for each ZeRO stage.
 
 python stages.py DATA OUTPUT STAGE [STAGE …] key=value …
+
+2x4 is stage 2 with accumulation over 4 micro-batches.
 """
 
 import argparse
@@ -44,11 +46,13 @@ def main():
     options = parser.parse_intermixed_args(sys.argv[1:])
     settings = [word for word in options.rest if "=" in word]
     with process_group.join_process_group(timeout_minutes=2) as ranks:
-        for stage in (word for word in options.rest if "=" not in word):
+        for word in (word for word in options.rest if "=" not in word):
+            stage, _, accumulation = word.partition("x")
             own = [
                 f"data={options.data}",
-                f"run={options.output}/{stage}",
+                f"run={options.output}/{word}",
                 f"optimizer.zero_stage={stage}",
+                f"accumulation={accumulation or 1}",
             ]
             train(load_config([], SETTINGS + own + settings), ranks)
 

@@ -38,6 +38,8 @@ def train(
 EPOCHS = [
     "max_steps=0",
     "model.dropout=0.2",
+    "accumulation=2",
+    "optimizer.ema=0.9",
     "stream.workers=1",
     "checkpoint.every_steps=4",
 ]
@@ -113,6 +115,7 @@ def test_other_numbers_of_ranks_and_other_stages_go_on_alike(dataset, tmp_path):
     3e-7, any tensor 2e-6."""
     settings = [
         "max_steps=20",
+        "optimizer.ema=0.9",
         "checkpoint.every_epochs=0",
         "checkpoint.every_minutes=0",
     ]

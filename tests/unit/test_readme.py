@@ -19,6 +19,7 @@ PAGES = [
     ROOT / "docs" / "tutorial.md",
     ROOT / "docs" / "serve.md",
     ROOT / "docs" / "evaluate.md",
+    ROOT / "docs" / "observe.md",
 ]
 LONGEST_SENTENCE = 30  # words
 README = (ROOT / "README.md").read_text(encoding="utf-8")

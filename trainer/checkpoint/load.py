@@ -40,7 +40,11 @@ from trainer.checkpoint.layout import (
     step_and_repetition,
     unreadable_manifest,
 )
-from trainer.checkpoint.zero_state import Tensors, restore_optimizer_state
+from trainer.checkpoint.zero_state import (
+    Tensors,
+    restore_optimizer_state,
+    take_average,
+)
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.consensus import (
     is_true_on_any_rank,
@@ -382,7 +386,7 @@ def _row_range(folder: Path, entry: JsonObject) -> tuple[int, int] | None:
 def restore_model(folder: Path, model: torch.nn.Module) -> None:
     """Fills the dense model's weights, λ, α and β, before an engine is built around it.
 
-    Called on all ranks.
+    Where the run has averaged its weights, it is their average. Called on all ranks.
     """
 
     def fill() -> None:
@@ -392,9 +396,28 @@ def restore_model(folder: Path, model: torch.nn.Module) -> None:
     run_on_all_ranks(fill)
 
 
+def restore_training_model(folder: Path, model: torch.nn.Module) -> None:
+    """`restore_model` to go on with training: the weights themselves, not their average."""
+
+    def fill() -> None:
+        with refuse_unreadable(folder):
+            dense, _ = _load_training_state(folder)
+            model.load_state_dict(dense)
+
+    run_on_all_ranks(fill)
+
+
 def load_dense_state(folder: Path) -> Tensors:
-    """Reads the dense model's weights and buffers."""
+    """Reads the dense model: its weights, or their moving average, and its buffers."""
     return load_file(folder / DENSE)
+
+
+def _load_training_state(folder: Path) -> tuple[Tensors, Tensors]:
+    """Reads the dense model as it is trained, and its optimizer's state."""
+    dense = load_dense_state(folder)
+    optimizer = load_file(folder / OPTIMIZER)
+    take_average(dense, optimizer)
+    return dense, optimizer
 
 
 def restore_optimizers(
@@ -407,7 +430,7 @@ def restore_optimizers(
 
     def fill() -> None:
         with refuse_unreadable(folder):
-            state = load_file(folder / OPTIMIZER)
+            _, state = _load_training_state(folder)
             restore_optimizer_state(engine, state)
             load_shard(table, folder, read_table_ranges(folder))
 

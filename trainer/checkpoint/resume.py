@@ -37,10 +37,13 @@ from trainer.run_files import (
     LATEST,
     LOCK,
     METRICS_FILE,
+    NCCL,
     REPORT,
     SPLIT,
     STATUS,
     TENSORBOARD,
+    TRACKERS,
+    WANDB,
 )
 
 if TYPE_CHECKING:
@@ -281,9 +284,10 @@ def remove_failed_start(run: Path) -> None:
         return
     if (run / BEST).exists() or (run / LATEST).exists():
         return
-    for name in (CONFIG, METRICS_FILE, REPORT, SPLIT, STATUS):
+    for name in (CONFIG, METRICS_FILE, REPORT, SPLIT, STATUS, TRACKERS):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
+    for name in (NCCL, TENSORBOARD, WANDB):
+        shutil.rmtree(run / name, ignore_errors=True)
     with contextlib.suppress(OSError):  # something else is in it
         (run / CHECKPOINTS).rmdir()
     if is_empty(run):

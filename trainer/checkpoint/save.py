@@ -39,6 +39,7 @@ from trainer.checkpoint.zero_state import (
     Tensors,
     gather_optimizer_state,
     gather_state,
+    put_average,
 )
 from trainer.distributed.agreement import max_of_ranks
 from trainer.distributed.consensus import run_on_all_ranks, wait_until_all_see
@@ -163,6 +164,7 @@ class Checkpoints:
             DENSE: gather_state(engine, self.ranks.first),
             OPTIMIZER: gather_optimizer_state(engine, self.ranks.first),
         }
+        put_average(tensors[DENSE], tensors[OPTIMIZER])
         record = {
             "format_version": STATE_VERSION,
             "state": asdict(state),

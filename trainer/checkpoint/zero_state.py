@@ -20,7 +20,11 @@ deepspeed = import_deepspeed()
 # By the names of parameters, buffers or states.
 Tensors = dict[str, torch.Tensor]
 
+# The state that is the moving average of the weights (trainer.training.weight_average).
+AVERAGE = "ema"
+
 _SEPARATOR = "//"  # between a parameter's name and its state's
+_TRAINED = "trained"  # in a file, the weights themselves where the model is their average
 
 
 def collect_gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
@@ -31,7 +35,7 @@ def collect_gradients(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
     candidates = []
     stage = engine.zero_optimization_stage()
     if stage == 0 or engine.zero_offload_optimizer():
-        for parameter in _flat_parameters(engine):
+        for parameter in flat_parameters(engine):
             candidates.append(parameter.grad)
     else:
         optimizer = engine.optimizer
@@ -71,7 +75,7 @@ def gather_optimizer_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     keep: whether this rank wants it; it is empty otherwise, and before the first step.
     """
     optimizer = base_optimizer(engine)
-    flats = _flat_parameters(engine)
+    flats = flat_parameters(engine)
     if not flats:
         return {}
     first_flat = flats[0]
@@ -97,6 +101,59 @@ def gather_optimizer_state(engine: "DeepSpeedEngine", keep: bool) -> Tensors:
     return state
 
 
+def gather_average(engine: "DeepSpeedEngine") -> Tensors:
+    """Gathers the moving average of the trained weights by name, on the device.
+
+    Called on all ranks, which all get it. Empty where there is none, or none yet.
+    """
+    flats = flat_parameters(engine)
+    if not flats or AVERAGE not in base_optimizer(engine).state[flats[0]]:
+        return {}
+    _link_state(engine)
+    average = {}
+    for name, parameter in _trained_parameters(engine):
+        average[name] = _gather_state(engine, parameter, AVERAGE)
+    return average
+
+
+def drop_average(engine: "DeepSpeedEngine") -> None:
+    """Forgets the moving average that a checkpoint had, where a run goes on without one."""
+    for state in base_optimizer(engine).state.values():
+        state.pop(AVERAGE, None)
+
+
+def put_average(dense: Tensors, optimizer: Tensors) -> None:
+    """Makes the average the model that a checkpoint holds, and the weights a part of the state.
+
+    Both are changed where there is an average. So whoever reads the dense model has the average,
+    and who resumes has the weights. `take_average` is the inverse.
+
+    Example: one weight, without its other states:
+
+        dense        {"gate.weight": w}             {"gate.weight": average}
+        optimizer    {"gate.weight//ema": average}  {"gate.weight//trained": w}
+    """
+    for key in list(optimizer):
+        name, _, state = key.rpartition(_SEPARATOR)
+        if state == AVERAGE:
+            average = optimizer.pop(key)
+            optimizer[_state_key(name, _TRAINED)] = dense[name]
+            dense[name] = average
+
+
+def take_average(dense: Tensors, optimizer: Tensors) -> None:
+    """Undoes `put_average`: the weights go back to the model, their average to the state.
+
+    Raises KeyError where the model lacks a weight.
+    """
+    for key in list(optimizer):
+        name, _, state = key.rpartition(_SEPARATOR)
+        if state == _TRAINED:
+            weight = optimizer.pop(key)
+            optimizer[_state_key(name, AVERAGE)] = dense[name]
+            dense[name] = weight
+
+
 def _gather_state(
     engine: "DeepSpeedEngine", parameter: torch.nn.Parameter, name: str
 ) -> torch.Tensor:
@@ -112,7 +169,7 @@ def _state_key(parameter_name: str, name: str) -> str:
 
 
 def restore_optimizer_state(engine: "DeepSpeedEngine", state: Tensors) -> None:
-    """Fills a new engine's optimizer with what `full_optimizer_state` gave. Called on all ranks.
+    """Fills a new engine's optimizer with what `gather_optimizer_state` gave. Called on all ranks.
 
     Stage and number of ranks may be others. Raises ValueError for another shape, KeyError for a
     parameter that the state lacks.
@@ -152,7 +209,7 @@ def _make_state(
     optimizer = base_optimizer(engine)
     defaults = optimizer.defaults
     counts_on_device = defaults.get("fused") or defaults.get("capturable")
-    for flat in _flat_parameters(engine):
+    for flat in flat_parameters(engine):
         # Each has a copy: the kernel counts in it.
         flat_step = step.clone()
         if counts_on_device:
@@ -224,7 +281,7 @@ def base_optimizer(engine: "DeepSpeedEngine") -> torch.optim.Optimizer:
     return engine.optimizer.optimizer
 
 
-def _flat_parameters(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
+def flat_parameters(engine: "DeepSpeedEngine") -> list[torch.Tensor]:
     """Lists what PyTorch's optimizer steps on this rank: the parameters, or ZeRO's flat pieces."""
     stage = engine.zero_optimization_stage()
     optimizer = engine.optimizer

@@ -38,6 +38,12 @@ class OptimizerConfig:
         0.0,
         "largest norm of the dense gradient, and of the looked-up vectors'; 0: none",
     )
+    ema: float = setting(
+        0.0,
+        "decay of the moving average of the dense weights, such as 0.999, which is what is "
+        "validated, kept and exported; the table is not averaged; 0: none",
+        unrecorded=0.0,
+    )
     # The dense model is small beside the table (1.2 million weights at r = 128), and from stage 1
     # on the weights go over the wire once more in every step.
     zero_stage: int = setting(
@@ -53,7 +59,7 @@ class OptimizerConfig:
                 raise ValueError(
                     f"optimizer.{name} is {value}: give more than 0"
                 )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """A run's configuration: all sections under one roof, from YAML and `key=value`."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from trainer.config.stream import StreamConfig
 # FBGEMM's kernels read rows by vectors of four numbers.
 _ROW_VECTOR = 4
 _LEAST_MINUTES = 0.001
+MEASURED_PEAK = -1  # of profile.peak_tflops
+TRACKERS = ("mlflow", "wandb")  # of log.trackers
+_WINDOW = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)  # of profile.steps
 # The largest value of a setting: far above what a run uses, and below what no memory, no clock
 # and no integer of the libraries holds.
 _MOST: dict[str, float] = {
@@ -54,6 +58,17 @@ class LogConfig:
         "steps between two log lines; metrics.jsonl has more of the first steps",
     )
     tensorboard: bool = setting(True, "write TensorBoard's event files too")
+    trackers: list[str] = setting(
+        list, "where the run shows up as well: mlflow, wandb (docs/observe.md)"
+    )
+    project: str = setting(
+        "",
+        "the trackers' experiment or project; empty: their own variable, or syncrec",
+    )
+    prometheus: str = setting(
+        "",
+        "a file for Prometheus' node exporter, such as /…/textfile/syncrec.prom",
+    )
     console: Literal["quiet", "normal", "verbose"] = setting(
         "normal",
         "quiet: the test's line alone; verbose: all figures in every line",
@@ -62,6 +77,72 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"log.every is {self.every}: give at least 1")
+        if self.prometheus and not self.prometheus.endswith(".prom"):
+            raise ValueError(
+                f"log.prometheus is {self.prometheus}: give a name that ends in .prom, which the "
+                "node exporter reads"
+            )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"log.trackers has {name}: there are {', '.join(TRACKERS)}; "
+                    "TensorBoard has log.tensorboard"
+                )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(
+                f"log.trackers is {self.trackers}: give each one once"
+            )
+
+
+def read_window(text: str) -> tuple[int, int] | None:
+    """The first and the last step of "100-110", or of "100"; None where the text is neither."""
+    match = _WINDOW.fullmatch(text)
+    if match is None:
+        return None
+    first = int(match[1])
+    last = int(match[2] or first)
+    if not 1 <= first <= last:
+        return None
+    return first, last
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What a run records of its own speed."""
+
+    steps: str = setting(
+        "",
+        "steps to trace with PyTorch's profiler, counted from 1: 100-110; empty: none",
+    )
+    phases: bool = setting(
+        False, "a JSON line a step and rank, for `syncrec trace`"
+    )
+    memory: bool = setting(
+        False,
+        "on CUDA: note who allocates what, for the snapshot at out-of-memory",
+    )
+    peak_tflops: float = setting(
+        0.0,
+        "a device's peak in TFLOP/s, for MFU in each record; -1: measured; 0: no MFU",
+    )
+
+    def __post_init__(self) -> None:
+        peak = self.peak_tflops
+        if peak != MEASURED_PEAK and not 0 <= peak < math.inf:
+            raise ValueError(
+                f"profile.peak_tflops is {peak}: give more than 0, {MEASURED_PEAK} to have it "
+                "measured, or 0 for no MFU"
+            )
+        if self.steps and self.window is None:
+            raise ValueError(
+                f"profile.steps is {self.steps}: give a step, or the first and the last one: "
+                "100-110"
+            )
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """The first and the last step to trace; None where there are none."""
+        return read_window(self.steps)
 
 
 @dataclass(frozen=True)
@@ -95,6 +176,12 @@ class RunConfig:
     seed: int = setting(0, "of everything that is drawn", on_warm_start=True)
     global_batch_size: int = setting(
         256, "users in a step, over all ranks", on_warm_start=True
+    )
+    accumulation: int = setting(
+        1,
+        "micro-batches that a rank cuts its part of a batch into (gradient accumulation): "
+        "activations of one at a time are in memory, and a step takes about a third longer",
+        on_resume=True,
     )
     tokens_per_batch: int = setting(
         0,
@@ -144,6 +231,9 @@ class RunConfig:
         CheckpointConfig, "when a checkpoint is written", on_resume=True
     )
     log: LogConfig = setting(LogConfig, "what a run logs", on_resume=True)
+    profile: ProfileConfig = setting(
+        ProfileConfig, "what a run records of its own speed", on_resume=True
+    )
     deepspeed: dict[str, Any] = setting(
         dict,
         "DeepSpeed's own JSON, merged over ours",
@@ -152,7 +242,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "epochs"):
+        for name in ("global_batch_size", "accumulation", "epochs"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value}: give at least 1")

@@ -136,8 +136,8 @@ def _refuse_batch_sizes(
     """Refuses another batch size than the run's, and gradient accumulation."""
     if user_json.get("gradient_accumulation_steps", 1) not in (1, "auto"):
         raise InputError(
-            "deepspeed.gradient_accumulation_steps: the item table is updated in every backward, "
-            "so it has to be 1; use a larger global_batch_size"
+            "deepspeed.gradient_accumulation_steps: it would accumulate the dense model's gradient "
+            "alone; use accumulation, which cuts global_batch_size into micro-batches"
         )
     batch_size = user_json.get("train_batch_size", "auto")
     if batch_size not in ("auto", global_batch_size):

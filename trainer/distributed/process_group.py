@@ -9,8 +9,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,7 @@ _BACKEND_LOST = (
 )
 _SOURCE_FILE = re.compile(r"^\[\S*\.(?:cc|cpp|h|hpp):\d+\]\s*")
 _LONGEST_REASON = 160
+_FLIGHT_ENTRIES = "2000"  # collectives of a rank
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -87,7 +90,9 @@ class Ranks:
 
 @contextlib.contextmanager
 def join_process_group(
-    timeout_minutes: float = 30, device: str = "auto"
+    timeout_minutes: float = 30,
+    device: str = "auto",
+    flight_folder: Path | None = None,
 ) -> Iterator[Ranks]:
     """Joins the process group that the launcher describes, or makes one of one rank.
 
@@ -95,7 +100,8 @@ def join_process_group(
             train(config, ranks)
 
     device: "cuda" (with NCCL), "cpu" (with gloo), or "auto": CUDA where there is a device and
-    DS_ACCELERATOR does not say cpu. The same code follows either. The group is left in order at the end, and where an
+    DS_ACCELERATOR does not say cpu. The same code follows either. flight_folder: see
+    `record_collectives`. The group is left in order at the end, and where an
     InputError is the end.
 
     The ranks watch each other meanwhile (trainer.distributed.liveness). Where others are gone it is
@@ -104,7 +110,7 @@ def join_process_group(
     """
     begin_work()
     with translate_backend_errors():
-        ranks, store = _join(timeout_minutes, device)
+        ranks, store = _join(timeout_minutes, device, flight_folder)
         addresses = [os.environ["MASTER_ADDR"]]
         liveness = watch_peers(store, ranks.rank, ranks.world_size, addresses)
     try:
@@ -228,7 +234,20 @@ def _why_no_cuda() -> str:
     )
 
 
-def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
+def record_collectives(folder: Path) -> None:
+    """Has NCCL's watchdog leave each rank's last collectives where one does not end in time.
+
+    PyTorch's flight recorder; it writes folder/rank-0 and so on, and makes no folder. What is in the
+    environment already stands. Called before the process group is made.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _FLIGHT_ENTRIES)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/rank-")
+
+
+def _join(
+    timeout_minutes: float, device_kind: str, flight_folder: Path | None
+) -> tuple[Ranks, dist.Store]:
     """Joins the group; this process's ranks, and the group's store."""
     timeout = timedelta(minutes=timeout_minutes)
     device_kind = choose_device(device_kind)
@@ -244,6 +263,8 @@ def _join(timeout_minutes: float, device_kind: str) -> tuple[Ranks, dist.Store]:
     if device_kind == "cuda":
         device = _take_device(world, local_rank, local_size, store)
         backend = "cpu:gloo,cuda:nccl"
+        if flight_folder is not None:
+            record_collectives(flight_folder)
     else:
         device = torch.device("cpu")
         backend = "gloo"
@@ -478,25 +499,32 @@ def _count_neighbours(world: World, store: dist.Store) -> tuple[int, int]:
 class RankReduction(Reduction):
     """Sums and gathers over the default process group.
 
-    Tensor names end in their axes: B rows of this rank, C its collected rows, W ranks, R numbers of
+    exchanging: what is entered while the others are waited for, such as a clock. Tensor names end in their axes: B rows of this rank, C its collected rows, W ranks, R numbers of
     a row.
     """
 
-    def __init__(self):
+    def __init__(
+        self,
+        exchanging: Callable[
+            [], AbstractContextManager[None]
+        ] = contextlib.nullcontext,
+    ):
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
+        self._exchanging = exchanging
 
     def start_sum(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
         work = dist.all_reduce(values, async_op=True)
 
         def wait() -> torch.Tensor:
-            work.wait()
+            with self._exchanging():
+                work.wait()
             return values
 
         return wait
 
     def gather(self, values_B: torch.Tensor) -> torch.Tensor:
-        return _Gather.apply(values_B)
+        return _Gather.apply(values_B, self._exchanging)
 
     def collect(
         self,
@@ -504,7 +532,7 @@ class RankReduction(Reduction):
         place_C: torch.Tensor,
         rows: int,
     ) -> torch.Tensor:
-        return _Collect.apply(values_CR, place_C, rows)
+        return _Collect.apply(values_CR, place_C, rows, self._exchanging)
 
 
 class _Collect(torch.autograd.Function):
@@ -524,21 +552,25 @@ class _Collect(torch.autograd.Function):
         values_CR: torch.Tensor,
         place_C: torch.Tensor,
         rows: int,
+        exchanging: Callable[[], AbstractContextManager[None]],
     ) -> torch.Tensor:
         ctx.save_for_backward(place_C)
+        ctx.exchanging = exchanging
         collected = values_CR.new_zeros(rows, values_CR.shape[1])
         collected.index_copy_(0, place_C, values_CR)
-        dist.all_reduce(collected)
+        with exchanging():
+            dist.all_reduce(collected)
         return collected
 
     @staticmethod
     def backward(
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None]:
         (place_C,) = ctx.saved_tensors
         summed = gradient.contiguous().clone()
-        dist.all_reduce(summed)
-        return summed.index_select(0, place_C), None, None
+        with ctx.exchanging():
+            dist.all_reduce(summed)
+        return summed.index_select(0, place_C), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -551,21 +583,29 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values_B: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        values_B: torch.Tensor,
+        exchanging: Callable[[], AbstractContextManager[None]],
+    ) -> torch.Tensor:
+        ctx.exchanging = exchanging
         rows = dist.get_world_size() * len(values_B)
         gathered = values_B.new_empty(rows, *values_B.shape[1:])
-        dist.all_gather_into_tensor(gathered, values_B.contiguous())
+        with exchanging():
+            dist.all_gather_into_tensor(gathered, values_B.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ranks = dist.get_world_size()
         gradient_WB = gradient.contiguous().unflatten(0, (ranks, -1))
         if gradient.is_cuda:
             summed_B = torch.empty_like(gradient_WB[0])
-            dist.reduce_scatter_tensor(summed_B, gradient_WB)
-            return summed_B
+            with ctx.exchanging():
+                dist.reduce_scatter_tensor(summed_B, gradient_WB)
+            return summed_B, None
         # gloo's reduce_scatter is an all-reduce, which sends twice as much.
         received_WB = torch.empty_like(gradient_WB)
-        dist.all_to_all_single(received_WB, gradient_WB)
-        return received_WB.sum(0)
+        with ctx.exchanging():
+            dist.all_to_all_single(received_WB, gradient_WB)
+        return received_WB.sum(0), None

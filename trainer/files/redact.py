@@ -1,12 +1,22 @@
 """Redaction: texts that may be printed, without the secrets of addresses and without control characters."""
 
+import os
 import re
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 HIDDEN = "…"  # stands for what is secret
 _ADDRESS = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_TEXT = 300  # letters
+_QUERY = re.compile(r"(://[^?#\s]*)[?#]\S*")
+_VALUES = re.compile(r"\?\S*=\S*")
+# Variables whose values are secret, by their names.
+_SECRET_NAME = re.compile(
+    r"TOKEN|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|SECRET|CREDENTIAL",
+    re.IGNORECASE,
+)
+_SHORTEST_SECRET = 6  # letters; hiding a shorter one would hide other words
 
 
 def is_address(location: object) -> bool:
@@ -36,7 +46,20 @@ def redact_location(location: object) -> str:
     text = str(location)
     if not is_address(text):
         return text
-    return re.sub(r"(://[^?#\s]*)[?#]\S*", rf"\1?{HIDDEN}", hide_user(text))
+    return _QUERY.sub(rf"\1?{HIDDEN}", hide_user(text))
+
+
+def hide_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """A text of another program without secrets: of its addresses, and of the environment.
+
+    Addresses lose user, password and query. Values of variables such as WANDB_API_KEY are hidden.
+    """
+    for name, value in environment.items():
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, HIDDEN)
+    text = _QUERY.sub(rf"\1?{HIDDEN}", hide_user(text))
+    # Of an address whose beginning another program has cut off.
+    return _VALUES.sub(f"?{HIDDEN}", text)
 
 
 def hide_user(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Self, TextIO
 
 from trainer.errors import InputError
 from trainer.files.atomic import flush, move_folder, write_json
-from trainer.files.lock import take_lock
+from trainer.files.lock import wait_for_lock
 
 _FACTS = "facts.json"
 _LOCK = "lock"
@@ -112,10 +112,11 @@ class StagedOutput:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_lock(self) -> TextIO:
-        lock = take_lock(self.folder / _LOCK)
+        lock = wait_for_lock(self.folder / _LOCK)
         if lock is None:
             raise InputError(
-                f"output {self.output} is being written by another process: wait for it or stop it"
+                f"output {self.output} is being written by another process: wait for it or stop it, "
+                "and give this command again"
             )
         return lock
 

@@ -26,6 +26,7 @@ from trainer.planning.host_memory import peak_bytes, reset_peak
 
 # Of a slice at most: tokens times width times experts, about a second of a core.
 _MOST_WORK = 5_000_000
+_MOST_PLAIN_WORK = 2_000_000  # of slow kernels, where nothing is timed
 _FEWEST_USERS = 2
 _SECONDS = 3.0  # for which steps are repeated, for the quickest of them
 _FEWEST_STEPS = 5
@@ -120,16 +121,18 @@ def try_model(
     users_B = load.sample
     work = load.most_tokens * config.model.dim * config.model.experts
     users = len(users_B)
-    if work > _MOST_WORK:
-        share = _MOST_WORK / work
+    most = _MOST_WORK if timed else _MOST_PLAIN_WORK
+    if work > most:
+        share = most / work
         users = max(_FEWEST_USERS, int(users * share))
     fewer = max(1, users // 2)
     # They are spread over the batch, which is in no order of lengths that matters.
     half = stepper.measure(users_B[:fewer], timed)
     whole = stepper.measure(users_B[:users], timed)
     evaluated = min(config.evaluation.batch_size, dataset.users)
-    tried = min(evaluated, _EVALUATED * users)
-    taken = stepper.measure_evaluation(tried)
+    tried = min(evaluated, _EVALUATED * users if timed else users)
+    times = _EVALUATIONS if timed else 1
+    taken = stepper.measure_evaluation(tried, times)
     evaluation = taken * evaluated / tried
     return Trial(weights, half, whole, evaluation)
 
@@ -191,10 +194,10 @@ class _Stepper:
         mixed_B = self._random.permutation(users_B)
         return mixed_B[:count]
 
-    def measure_evaluation(self, users: int) -> int:
-        """Bytes that a validation's steps with so many users take, beyond what was there before."""
+    def measure_evaluation(self, users: int, times: int) -> int:
+        """Bytes that some steps of a validation with so many users take, beyond what was there."""
         before = reset_peak()
-        for _ in range(_EVALUATIONS):
+        for _ in range(times):
             users_B = self._random.choice(
                 self._dataset.users, users, replace=False
             )
@@ -297,6 +300,7 @@ class _Stepper:
             item_counts,
             config.model.max_length,
             config.model.mutual_information_pooling,
+            accumulation=config.accumulation,
         )
 
     def _draw_items(self, domain_N: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""A run's log: `metrics.jsonl`, TensorBoard, lines on the console, and a progress bar.
+"""A run's log: `metrics.jsonl`, lines on the console, and a progress bar.
 
 `metrics.jsonl` is the one that lasts. It holds one JSON object a line, a train record for each
 logging interval and a record for each evaluation, in the order in which they happened. Intervals
 grow from one step to `log.every`, so that a run of any length has curves.
-`trainer/reporting/run_report.py` draws from it and from nothing else. Its figures:
+`trainer/reporting/run_report.py` draws from it and from nothing else. Trackers get its records too
+(trainer.training.observers.tracking). Its figures:
 
     train        kind "train", step, epoch, seconds (since the start), loss, loss_single,
                  loss_cross, mutual_information (null without SC-MIM), single_by_domain,
@@ -11,7 +12,9 @@ grow from one step to `log.every`, so that a run of any length has curves.
                  lambda (weights, 1 where all domains weigh alike), phi (eq. 10, below 0 =
                  negative transfer), alpha, beta, learning_rate, gradient_norm,
                  users_per_second, tokens_per_second, skipped_users (over all ranks in the interval: they could not be
-                 read, see stream.damaged), data_wait (share of the time, 0 to 1), memory_gb
+                 read, see stream.damaged), data_wait (share of the time, 0 to 1), exchange (the same
+                 of exchanges with other ranks, waiting for them included; null on CUDA), padding
+                 (share of attention's slots), mfu (null without profile.peak_tflops), memory_gb
     evaluation   kind "validation" or "test", step, epoch, seconds, and the figures that
                  trainer/evaluation/evaluation.py lists
 
@@ -34,7 +37,6 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from trainer.errors import InputError
-from trainer.evaluation.evaluation import Evaluation
 from trainer.files.atomic import write_text
 from trainer.files.progress import Heartbeat
 from trainer.reporting.console import (
@@ -48,34 +50,17 @@ from trainer.reporting.line_folding import (
     wrap_message,
 )
 from trainer.reporting.log_lines import LogLines
-from trainer.run_files import METRICS_FILE, TENSORBOARD
-
-_BY_DOMAIN = ("single_by_domain", "cross_by_domain", "lambda", "phi")
-_TENSORBOARD_TAGS = {
-    "loss": "loss/total",
-    "loss_single": "loss/single",
-    "loss_cross": "loss/cross",
-    "mutual_information": "loss/mutual_information",
-    "alpha": "transfer/alpha",
-    "beta": "transfer/beta",
-    "learning_rate": "optimizer/learning_rate",
-    "gradient_norm": "optimizer/gradient_norm",
-    "users_per_second": "speed/users_per_second",
-    "tokens_per_second": "speed/tokens_per_second",
-    "data_wait": "speed/data_wait",
-    "memory_gb": "speed/memory_gb",
-}
+from trainer.run_files import METRICS_FILE
 
 
 class RunLog:
-    """Writes a run's records to disk, to TensorBoard and to the console. A context manager."""
+    """Writes a run's records to disk and to the console. A context manager."""
 
     def __init__(
         self,
         folder: Path,
         total_steps: int,
         domains: list[str],
-        tensorboard: bool = True,
         enabled: bool = True,
         resume_step: int | None = None,
         console: Console | None = None,
@@ -91,8 +76,7 @@ class RunLog:
         console: where to write, by default standard output. The bar is shown on a terminal only.
         verbosity: "quiet", "normal" or "verbose". A quiet log shows a test's line alone.
 
-        Entering raises InputError when the folder cannot be written or TensorBoard is asked for
-        and not installed.
+        Entering raises InputError when the folder cannot be written.
         """
         self.folder = Path(folder)
         self.total_steps = total_steps
@@ -101,7 +85,6 @@ class RunLog:
         self._steps = 0
         self._activity = ""
         self._domains = list(domains)
-        self._tensorboard_wanted = tensorboard
         self._resume_step = resume_step
         self._quiet = verbosity == "quiet"
         self._verbose = verbosity == "verbose"
@@ -123,10 +106,6 @@ class RunLog:
             )
             for record in read_records(self.folder / METRICS_FILE):
                 self._lines.remember(record)
-            self._tensorboard = None
-            if self._tensorboard_wanted:
-                self._tensorboard = TensorBoard(self.folder, self._resume_step)
-                stack.callback(self._tensorboard.close)
             bar = ProgressBar(
                 self._console, self.total_steps, self._completed, self._quiet
             )
@@ -152,9 +131,6 @@ class RunLog:
         if not self.enabled:
             return
         record = self._append({"kind": "train", **record})
-        if self._tensorboard is not None:
-            scalars = _train_scalars(record)
-            self._tensorboard.add(scalars, record["step"])
         loss = record.get("loss")
         self._bar.show_loss(loss)
         if shown and not self._quiet:
@@ -172,9 +148,6 @@ class RunLog:
         if not self.enabled:
             return
         record = self._append(record)
-        if self._tensorboard is not None:
-            scalars = _evaluation_scalars(record)
-            self._tensorboard.add(scalars, record["step"])
         if self._quiet and record["kind"] != "test":
             return
         line = self._lines.evaluation_line(record, best)
@@ -246,7 +219,7 @@ class RunLog:
     def _append(self, record: dict[str, Any]) -> dict[str, Any]:
         """Writes a record, and returns it in Python's own types."""
         seconds = time.monotonic() - self._started
-        record = {"seconds": seconds, **_plain(record)}
+        record = {"seconds": seconds, **plain_record(record)}
         self._lines.remember(record)
         self._file.write(_line(record))
         self._file.flush()
@@ -275,70 +248,6 @@ class LogConsole(Console):
     def on_broken_pipe(self) -> None:
         """Rich would end the process here."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
-
-
-class TensorBoard:
-    """Writes scalars for TensorBoard into RUN/tensorboard."""
-
-    def __init__(self, folder: Path, resume_step: int | None = None):
-        """Raises InputError where TensorBoard is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "tensorboard is not installed: install it or switch it off in the config"
-            ) from error
-        # Events of an earlier attempt stay on disk; purge_step tells TensorBoard from where on
-        # they no longer count.
-        purge_step = 0 if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(
-            str(folder / TENSORBOARD),
-            purge_step=purge_step,
-            flush_secs=30,
-        )
-
-    def add(self, scalars: dict[str, float | None], step: int) -> None:
-        """Writes the scalars that are there, by their tags."""
-        for tag, value in scalars.items():
-            if value is not None:
-                self._writer.add_scalar(escape_name(tag), value, step)
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self._writer.close()
-
-
-def _train_scalars(record: dict[str, Any]) -> dict[str, float | None]:
-    """A train record's figures by their tags: "loss/total", "phi/Books", …"""
-    scalars = {}
-    for field, tag in _TENSORBOARD_TAGS.items():
-        scalars[tag] = record.get(field)
-    for field in _BY_DOMAIN:
-        by_domain = record.get(field) or {}
-        for domain, value in by_domain.items():
-            scalars[f"{field}/{domain}"] = value
-    return scalars
-
-
-def _evaluation_scalars(record: dict[str, Any]) -> dict[str, float | None]:
-    """An evaluation's figures by their tags.
-
-    test mean/NDCG@10      the mean over the domains that count
-    test mean over users/NDCG@10
-    test NDCG@10/Books     of a domain
-    """
-    evaluation = Evaluation.from_record(record)
-    scalars = {}
-    split = evaluation.kind
-    for metric in evaluation.metrics:
-        mean_tag = f"{split} mean/{metric}"
-        scalars[mean_tag] = evaluation.mean.get(metric)
-        user_mean_tag = f"{split} mean over users/{metric}"
-        scalars[user_mean_tag] = evaluation.user_mean.get(metric)
-        for row in evaluation.by_domain:
-            tag = f"{split} {metric}/{row.name}"
-            scalars[tag] = row.model.get(metric)
-    return scalars
 
 
 def open_metrics(folder: Path, resume_step: int | None = None) -> TextIO:
@@ -459,6 +368,11 @@ def _line(record: dict[str, Any]) -> str:
     """A record as a line of metrics.jsonl."""
     text = json.dumps(record, allow_nan=False)
     return f"{text}\n"
+
+
+def plain_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A record in Python's own types, as `_plain` makes them."""
+    return _plain(record)
 
 
 def _plain(value: Any) -> Any:

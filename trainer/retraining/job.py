@@ -30,7 +30,7 @@ from trainer.config.prepare import LOG_FORM_SETTINGS
 from trainer.config.retraining import RetrainConfig
 from trainer.errors import InputError, RunStopped
 from trainer.files.atomic import write_json, write_text
-from trainer.files.lock import take_lock
+from trainer.files.lock import wait_for_lock
 from trainer.reporting.run_log import read_records
 from trainer.retraining.carried import find_carried_logs
 from trainer.retraining.changes_report import changes_report, describe_carried
@@ -535,7 +535,7 @@ def _exclusive_folder(folder: Path) -> Iterator[None]:
     """Within it no other process retrains in the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder / LOCK)
+        lock = wait_for_lock(folder / LOCK)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror}"

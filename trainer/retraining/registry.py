@@ -18,7 +18,7 @@ from trainer.distributed.agreement import run_on_first_rank
 from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.files.atomic import move_folder, write_json
-from trainer.files.lock import take_lock
+from trainer.files.lock import wait_for_lock
 from trainer.retraining.published import read_version, version_folder
 from trainer.run_files import CURRENT, LOCK, MODEL, REFUSED, VERSION, VERSIONS
 from trainer.serving.example import load_encoder, plain_program
@@ -56,7 +56,7 @@ class Registry:
             nonlocal lock
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock = take_lock(self.folder / LOCK)
+                lock = wait_for_lock(self.folder / LOCK)
             except OSError as error:
                 raise InputError(
                     f"{self.folder} cannot be written: {error.strerror}"

@@ -19,6 +19,7 @@ from typing import Any
 from trainer.config.serving import RefreshConfig
 from trainer.errors import InputError
 from trainer.files.atomic import exchange_folders, flush_tree
+from trainer.files.lock import lock_folder
 from trainer.files.progress import Stages
 from trainer.files.staged import new_output_folder
 from trainer.serving.exported_counts import (
@@ -55,24 +56,43 @@ def refresh_counts(
     output: a folder that does not exist yet; None: in the place of `folder`. Returns what was
     counted: events, older, unknown_items, unknown_domains, until, as_of.
 
-    Raises InputError where the folder is no export with the recency term, where nothing in the logs
-    is newer than what it counts, and for whatever is wrong with the logs.
+    Raises InputError where the folder is no export with the recency term, where another refresh
+    replaces it meanwhile, where nothing in the logs is newer than what it counts, and for whatever
+    is wrong with the logs.
     """
     folder = Path(os.path.realpath(folder))
-    export = read_exported_counts(folder)
-    with (
-        _written_folder(folder, output) as (fresh, scratch),
-        Stages(True) as stages,
-    ):
-        newer = count_newer(
-            export,
-            config,
-            scratch,
-            stages,
-        )
-        with stages("writing the offsets"):
-            _write_folder(export, newer, fresh)
+    with _locked(folder, output):
+        export = read_exported_counts(folder)
+        with (
+            _written_folder(folder, output) as (fresh, scratch),
+            Stages(True) as stages,
+        ):
+            newer = count_newer(
+                export,
+                config,
+                scratch,
+                stages,
+            )
+            with stages("writing the offsets"):
+                _write_folder(export, newer, fresh)
     return newer.to_record()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, output: str | Path | None) -> Iterator[None]:
+    """Within it no other refresh replaces the folder: each goes on from the counts that it read.
+
+    Raises InputError where another one is at work in its place.
+    """
+    if output is not None or not folder.is_dir():
+        yield
+        return
+    with lock_folder(folder) as is_ours:
+        if not is_ours:
+            raise InputError(
+                f"{folder}: another refresh replaces it: wait for that, and give this one again"
+            )
+        yield
 
 
 def _write_folder(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from trainer.child_processes import kill_tree
+from trainer.child_processes import end_with, kill_tree
 from trainer.errors import InputError
 from trainer.interrupts import CtrlC, leave_terminal, stop_signals
 
@@ -56,6 +56,7 @@ class Commands:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=end_with(os.getpid()),
             )
             with self._lock:
                 self._children.add(child)

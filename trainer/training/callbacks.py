@@ -10,17 +10,20 @@ A caller's callbacks follow the run's own, which use the same methods:
 
 After each step the loop calls `on_step` of all callbacks, one after the other, in this order:
 
-    StepLog             the step's figures, a log line, TensorBoard
+    StepLog             the step's figures; where a log line is due: writes it, then calls
+                        `on_log` of all callbacks in this order
     WorkerTuning        how many loader processes the steps need
     Validation          where one is due: ranks the validation split, then calls `on_validation` of
                         all callbacks in this order
     CheckpointWriter    where one is due: begins a checkpoint
     EarlyStopping       says so where the validation ends the run
     ProgressReport      draws report.html anew (trainer.training.progress_report)
+    Tracking            hands records to TensorBoard, MLflow, W&B (trainer.training.observers.tracking)
     a caller's          in the order in which they were given
 
 `on_checkpoint` of all callbacks is called in the same order once a checkpoint is visible, which is
-some steps after it was begun, at the latest when the run ends.
+some steps after it was begun, at the latest when the run ends. `on_test` is called once, after the
+last step.
 
 Callbacks run on all ranks, in the same order and after the same steps. So a callback may use
 collectives, and has to print or write on one rank alone (`Ranks.first`). What they are called with
@@ -54,6 +57,7 @@ from trainer.evaluation.sampled import (
     make_evaluation_record,
 )
 from trainer.reporting.console import mean_sentence
+from trainer.reporting.run_log import plain_record
 from trainer.run_files import HEADLINE
 from trainer.training.run_context import RunContext
 
@@ -86,6 +90,12 @@ class Callback:
         one step later, so `on_step` may be called for it.
         """
 
+    def on_log(self, state: RunState, record: dict[str, Any]) -> None:
+        """Called after a step whose figures are logged, more often than the console has a line.
+
+        record: the train record, as metrics.jsonl has it (trainer.reporting.run_log).
+        """
+
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Called after each validation.
 
@@ -96,6 +106,9 @@ class Callback:
     def on_checkpoint(self, state: RunState, folder: Path) -> None:
         """Called once a checkpoint is visible. state: what it holds."""
 
+    def on_test(self, state: RunState, record: dict[str, Any]) -> None:
+        """Called once the best model was tested. record: as metrics.jsonl has it."""
+
 
 class StepLog(Callback):
     """Logs the steps' figures, and each validation.
@@ -104,8 +117,10 @@ class StepLog(Callback):
     that a short run has curves (`RunContext.is_log_step`).
     """
 
-    def __init__(self, context: RunContext):
+    def __init__(self, context: RunContext, callbacks: Sequence[Callback]):
+        """callbacks: whose `on_log` is called."""
         self._context = context
+        self._callbacks = callbacks
         self._has_stepped = False
 
     def on_step(self, state: RunState, report: StepReport) -> None:
@@ -119,14 +134,22 @@ class StepLog(Callback):
         context.warn_of_damage(rank_batch.reasons)
         context.log.advance(1)
         if context.is_log_step:
-            context.trainer.settle()
-            record = context.meter.record(state.step, context.current_epoch())
-            record |= context.trainer.state_figures()
-            record["seconds"] = context.seconds()
-            context.log.train(record, shown=context.is_shown_step)
+            self._log(state)
         if not (self._has_stepped or context.is_shown_step):
             context.log.show_first_step()
         self._has_stepped = True
+
+    def _log(self, state: RunState) -> None:
+        """Logs the steps since the last record."""
+        context = self._context
+        context.trainer.settle()
+        record = context.meter.record(state.step, context.current_epoch())
+        record |= context.trainer.state_figures()
+        record["seconds"] = context.seconds()
+        record = plain_record({"kind": "train", **record})
+        context.log.train(record, shown=context.is_shown_step)
+        for callback in self._callbacks:
+            callback.on_log(state, record)
 
     def on_validation(self, state: RunState, record: dict[str, Any]) -> None:
         """Logs the validation."""
@@ -294,6 +317,7 @@ class Validation(Callback):
         with context.meter.paused():
             record = self._evaluate()
             self._count(record)
+            record = plain_record(record)
             for callback in self._callbacks:
                 callback.on_validation(context.state, record)
 
@@ -302,10 +326,9 @@ class Validation(Callback):
         context = self._context
         trainer = context.trainer
         recency = trainer.open_recency(context.watchdog.beat)
-        trainer.engine.eval()
         try:
             ranking = evaluate_split(
-                trainer.engine.module,
+                trainer.evaluation_model(),
                 trainer.table,
                 trainer.dataset,
                 context.ranks,

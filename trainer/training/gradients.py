@@ -51,10 +51,14 @@ class Gradients:
     """Clips and guards the gradients of one backward; built around an engine."""
 
     def __init__(self, engine: "DeepSpeedEngine", clip: float):
-        """clip: the largest norm of either gradient, 0 for none."""
+        """clip: the largest norm of either gradient, 0 for none.
+
+        `made` is, on the device, whether the step that was checked last is made.
+        """
         self._engine = engine
         self._clip = clip
         self._optimizer = base_optimizer(engine)
+        self.made: torch.Tensor | None = None
 
     @property
     def skips_on_device(self) -> bool:
@@ -88,6 +92,7 @@ class Gradients:
         trouble = signal_sums[0]
         finite = sums.sum().isfinite()
         made = finite & (trouble == 0)
+        self.made = made
         # The losses carry the number of ranks as a factor, which the table divides by.
         norm = counted_square.sqrt() / dist.get_world_size()
         dense_norm = dense_square.sqrt()

@@ -48,8 +48,13 @@ from trainer.evaluation.sampled import evaluate_split, make_evaluation_record
 from trainer.files.atomic import write_json, write_text
 from trainer.files.redact import printable_text, redact_location
 from trainer.reporting.console import evaluation_table
-from trainer.reporting.run_log import RunLog, skipped_sentence
-from trainer.run_files import CONFIG, LOOK, METRICS_FILE, SPLIT
+from trainer.reporting.run_log import (
+    RunLog,
+    plain_record,
+    skipped_sentence,
+)
+from trainer.reporting.trace.phases import DATA
+from trainer.run_files import CONFIG, LOOK, METRICS_FILE, NCCL, SPLIT
 from trainer.training.callbacks import (
     Callback,
     CheckpointWriter,
@@ -59,6 +64,16 @@ from trainer.training.callbacks import (
     Validation,
     WorkerTuning,
 )
+from trainer.training.observers.memory_snapshot import (
+    snapshot_out_of_memory,
+)
+from trainer.training.observers.node_exporter import open_node_exporter
+from trainer.training.observers.phase_log import PhaseLog
+from trainer.training.observers.profiler import (
+    StepProfiler,
+    require_profile_window,
+)
+from trainer.training.observers.tracking import Tracking, require_trackers
 from trainer.training.prefetch import PrefetchedBatch
 from trainer.training.progress_report import ProgressReport, report_end
 from trainer.training.run_context import RunContext
@@ -93,10 +108,9 @@ def train(
             from trainer.reporting.titles import check_titles
 
             run_on_first_rank(lambda: check_titles(Path(titles)), ranks.first)
-        record = _train(config, ranks, fresh, accept_changes, callbacks, locks)
-        if ranks.first:
-            _finish_report(Path(config.run), titles)
-    return record
+        run_on_first_rank(lambda: require_trackers(config.log), ranks.first)
+        trainer, start = _begin(config, ranks, fresh, accept_changes, locks)
+        return _train(trainer, start, callbacks, titles)
 
 
 def _finish_report(run: Path, titles: str | None) -> None:
@@ -114,15 +128,33 @@ def _finish_report(run: Path, titles: str | None) -> None:
     print(f"report: {write_report(run)}", flush=True)
 
 
-def _train(
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins. is_new: its folder was empty."""
+
+    run: Path
+    is_new: bool
+    checkpoint: Path | None
+    state: RunState
+    warm: WarmStart | None
+
+    @property
+    def resume_step(self) -> int | None:
+        """The step of the checkpoint that it goes on from; None: it begins."""
+        return None if self.checkpoint is None else self.state.step
+
+
+def _begin(
     config: RunConfig,
     ranks: Ranks,
     fresh: bool,
     accept_changes: bool,
-    callbacks: Sequence[Callback],
     locks: contextlib.ExitStack,
-) -> dict[str, Any]:
-    """`train`, within what holds for all of it. locks: gets the lock of the run's folder."""
+) -> tuple[Trainer, _Start]:
+    """Finds where the run begins, and makes its trainer; writes nothing.
+
+    locks: gets the lock of the run's folder.
+    """
     _say(config, ranks, f"reads the dataset {redact_location(config.data)}")
     dataset = run_on_all_ranks(lambda: _load_dataset(config, ranks))
     require_same_start(
@@ -147,32 +179,64 @@ def _train(
     trainer = Trainer(
         config, ranks, dataset, plan, checkpoint, state.step, warm
     )
+    if config.profile.window is not None:
+        require_profile_window(config.profile.window, trainer.total_steps)
+    return trainer, _Start(run, is_new, checkpoint, state, warm)
+
+
+def _train(
+    trainer: Trainer,
+    start: _Start,
+    callbacks: Sequence[Callback],
+    titles: str | None,
+) -> dict[str, Any]:
+    """Trains from where the run begins to its test and its report."""
+    ranks = trainer.ranks
+    run = start.run
     dist.barrier()  # every rank has looked at the folder before one of them writes
     try:
-        run_on_all_ranks(
-            lambda: _write_first_files(run, config, dataset, checkpoint, ranks)
-        )
-        with (
-            report_end(run, state, trainer.total_steps, ranks.first),
-            _open_log(run, trainer, checkpoint, state) as log,
-        ):
-            _log_start(log, trainer, checkpoint, state, warm)
-            with StopSignal() as stop_signal:
-                resumed = checkpoint is not None
-                context = RunContext(
-                    trainer, state, run, log, stop_signal, resumed
-                )
-                TrainingRun(context, callbacks).fit()
-            log.show_activity("testing the best model")
-            record = test_best(trainer, run)
-            record["seconds"] = state.seconds
-            _log_test(log, record, state)
+        run_on_all_ranks(lambda: _write_first_files(trainer, start))
+        with Tracking(trainer, run, start.resume_step) as tracking:
+            record = _fit_and_test(trainer, start, tracking, callbacks)
+            if ranks.first:
+                _finish_report(run, titles)
     except InputError as error:
         is_refusal = type(error) is InputError
-        if is_refusal and ranks.first and is_new and not state.step:
+        if is_refusal and ranks.first and start.is_new and not start.state.step:
             # What cannot begin is in the way of the next try.
             remove_failed_start(run)
         raise
+    return record
+
+
+def _fit_and_test(
+    trainer: Trainer,
+    start: _Start,
+    tracking: Tracking,
+    callbacks: Sequence[Callback],
+) -> dict[str, Any]:
+    """Trains, and tests the best model; all of it is in the run's log."""
+    run = start.run
+    state = start.state
+    with (
+        report_end(run, state, trainer.total_steps, trainer.ranks.first),
+        _open_log(trainer, start) as log,
+    ):
+        _log_start(log, trainer, start)
+        tracking.start(log.message)
+        with StopSignal() as stop_signal:
+            resumed = start.checkpoint is not None
+            context = RunContext(trainer, state, run, log, stop_signal, resumed)
+            observers = [tracking, *open_node_exporter(context)]
+            training = TrainingRun(context, [*observers, *callbacks])
+            training.fit()
+        log.show_activity("testing the best model")
+        record = test_best(trainer, run)
+        record["seconds"] = state.seconds
+        _log_test(log, record, state)
+        record_of_log = plain_record(record)
+        for callback in training.callbacks:
+            callback.on_test(state, record_of_log)
     return record
 
 
@@ -211,60 +275,47 @@ def _build_plan(
     )
 
 
-def _write_first_files(
-    run: Path,
-    config: RunConfig,
-    dataset: Dataset,
-    checkpoint: Path | None,
-    ranks: Ranks,
-) -> None:
+def _write_first_files(trainer: Trainer, start: _Start) -> None:
     """Writes the first files of the run's folder, on the first rank."""
-    if not ranks.first:
+    run = start.run
+    if trainer.ranks.device.type == "cuda":
+        # Of each host: the flight recorder makes none (trainer.distributed.process_group).
+        (run / NCCL).mkdir(parents=True, exist_ok=True)
+    if not trainer.ranks.first:
         return
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / CONFIG, to_yaml(config))
-    split = describe_split(dataset)
+    write_text(run / CONFIG, to_yaml(trainer.config))
+    split = describe_split(trainer.dataset)
     if split is not None:
         write_json(run / SPLIT, split)
     else:
         (run / SPLIT).unlink(missing_ok=True)
-    if checkpoint is not None:
-        metrics = (checkpoint / METRICS_FILE).read_text(encoding="utf-8")
-        write_text(run / METRICS_FILE, metrics)
+    if start.checkpoint is not None:
+        file = start.checkpoint / METRICS_FILE
+        write_text(run / METRICS_FILE, file.read_text(encoding="utf-8"))
 
 
-def _open_log(
-    run: Path, trainer: Trainer, checkpoint: Path | None, state: RunState
-) -> RunLog:
+def _open_log(trainer: Trainer, start: _Start) -> RunLog:
     """Opens the run's log, which goes on after the step that is resumed from."""
     domains = [domain.name for domain in trainer.dataset.domains]
-    resume_step = None
-    if checkpoint is not None:
-        resume_step = state.step
     return RunLog(
-        run,
+        start.run,
         trainer.total_steps,
         domains,
-        trainer.config.log.tensorboard,
         trainer.ranks.first,
-        resume_step,
+        start.resume_step,
         verbosity=trainer.config.log.console,
     )
 
 
-def _log_start(
-    log: RunLog,
-    trainer: Trainer,
-    checkpoint: Path | None,
-    state: RunState,
-    warm: WarmStart | None,
-) -> None:
+def _log_start(log: RunLog, trainer: Trainer, start: _Start) -> None:
     """Logs what runs, and what it begins with."""
     log.message(describe_run(trainer))
-    if checkpoint is not None:
-        minutes = state.seconds / 60
+    warm = start.warm
+    if start.checkpoint is not None:
+        minutes = start.state.seconds / 60
         log.message(
-            f"goes on from {checkpoint}, after {minutes:.1f} minutes of training"
+            f"goes on from {start.checkpoint}, after {minutes:.1f} minutes of training"
         )
     if warm is not None:
         log.message(
@@ -319,7 +370,7 @@ class TrainingRun:
             context, self.checkpoint_writer, self.callbacks
         )
         self.callbacks += [
-            StepLog(context),
+            StepLog(context, self.callbacks),
             WorkerTuning(context),
             self.validation,
             self.checkpoint_writer,
@@ -336,7 +387,11 @@ class TrainingRun:
 
         Raises RunStopped, with a checkpoint written, where any rank was asked to stop.
         """
-        with self.context.watchdog, contextlib.closing(self.feed):
+        with (
+            self.context.watchdog,
+            contextlib.closing(self.feed),
+            self._observe(),
+        ):
             self.validation.validate_if_due()  # the run was stopped in between
             try:
                 self._run_steps()
@@ -351,6 +406,25 @@ class TrainingRun:
                     "another rank cannot go on; its own line says why"
                 ) from None
             self.checkpoint_writer.finish()
+
+    @contextlib.contextmanager
+    def _observe(self) -> Iterator[None]:
+        """Within it steps are traced and their phases logged, where that is asked for."""
+        profile = self.context.config.profile
+        with contextlib.ExitStack() as observers:
+            snapshot = snapshot_out_of_memory(
+                self.context.folder, self.context.ranks, profile.memory
+            )
+            observers.enter_context(snapshot)
+            if profile.phases:
+                log = PhaseLog(self.context)
+                observers.callback(log.close)
+                self.callbacks.insert(0, log)
+            if profile.window is not None:
+                profiler = StepProfiler(self.context, *profile.window)
+                observers.callback(profiler.close)
+                self.callbacks.insert(0, profiler)
+            yield
 
     def _run_steps(self) -> None:
         """The loop: fetch, agree, step, call back."""
@@ -426,7 +500,10 @@ class TrainingRun:
         do not wait, and signals trouble with that step, which is then not made.
         """
         if self._refusal is None:
-            with self.context.meter.waiting():
+            with (
+                self.context.meter.waiting(),
+                self.trainer.phases.within(DATA),
+            ):
                 try:
                     return StepBatch(next(self.feed))
                 except InputError as error:
@@ -485,6 +562,8 @@ def describe_run(trainer: Trainer) -> str:
     batch = f"{config.global_batch_size} users"
     if config.tokens_per_batch:
         batch += f" or {config.tokens_per_batch:,} tokens"
+    if config.accumulation > 1:
+        batch += f" in {config.accumulation} micro-batches"
     domains = len(dataset.domains)
     processes = f"{ranks.world_size} ranks"
     if ranks.world_size == 1:

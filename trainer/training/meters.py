@@ -1,9 +1,10 @@
 """Metrics since the last log line: mean losses, φ, λ, throughput, time spent waiting for data."""
 
 import contextlib
+import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from trainer.evaluation.domain_weights import relative_weights
 if TYPE_CHECKING:
     from syncrec.batch.views import Batch
     from syncrec.model import LossReport
+    from trainer.training.observers.utilization import WorkMeter
 
 
 class IntervalMeter:
@@ -22,10 +24,22 @@ class IntervalMeter:
     They are reduced over ranks only when a line is due.
     """
 
-    def __init__(self, domains: list[str], mutual_information: bool = True):
-        """mutual_information: the model has that loss; else records have none."""
+    def __init__(
+        self,
+        domains: list[str],
+        mutual_information: bool = True,
+        work: "WorkMeter | None" = None,
+        exchange_seconds: Callable[[], float] | None = None,
+    ):
+        """mutual_information: the model has that loss; else records have none.
+
+        work: counts what steps compute. exchange_seconds: so far in exchanges between ranks. Without
+        them records do not have those figures.
+        """
         self.domains = domains
         self.mutual_information = mutual_information
+        self._work = work
+        self._exchange_seconds = exchange_seconds
         self.started = time.perf_counter()
         self._pauses = 0  # that are open, one within the other
         self._reset()
@@ -36,7 +50,14 @@ class IntervalMeter:
         self._tokens = 0
         self._skipped = 0
         self._waited = 0.0
+        self._exchanged_before = self._exchanged()
         self._begun = time.perf_counter()
+
+    def _exchanged(self) -> float:
+        """The seconds of all exchanges so far."""
+        if self._exchange_seconds is None:
+            return math.nan
+        return self._exchange_seconds()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -82,6 +103,8 @@ class IntervalMeter:
                 report.lambda_D.double(),
             ]
         )
+        if self._work is not None:
+            self._work.add(batch)
         assert len(figures) == 4 + 4 * len(self.domains)
         self._reports.append(figures)
         users = int(batch.weight_B.sum())
@@ -104,10 +127,22 @@ class IntervalMeter:
         # a share of the sum.
         mean_loss = steps[:, 0].mean()
         mean_information = steps[:, 1].mean()
-        counts = steps.new_tensor([self._users, self._tokens, self._skipped])
+        exchanged = self._exchanged() - self._exchanged_before
+        work = [0.0, 0, 0, 0]
+        if self._work is not None:
+            work = [self._work.peak, *self._work.take()]
+        counts = steps.new_tensor(
+            [
+                self._users,
+                self._tokens,
+                self._skipped,
+                exchanged,
+                *work,
+            ]
+        )
         shared = torch.stack([mean_loss, mean_information, *counts])
         dist.all_reduce(shared)
-        loss, information, users, tokens, skipped = shared.tolist()
+        loss, information, users, tokens, skipped, *use = shared.tolist()
         views = steps[:, 2:4].mean(0)
         loss_single, loss_cross = views.tolist()
         # A domain's mean is over the steps that have it.
@@ -133,6 +168,7 @@ class IntervalMeter:
             "tokens_per_second": tokens / elapsed,
             "skipped_users": int(skipped),
             "data_wait": self._waited / elapsed,
+            **_describe_use(use, elapsed, world_size),
             "memory_gb": _peak_memory_gb(),
         }
         self._reset()
@@ -141,6 +177,21 @@ class IntervalMeter:
     def _name_domains(self, values_D: list[float]) -> dict[str, float]:
         """Returns the values by the domains' names."""
         return dict(zip(self.domains, values_D, strict=True))
+
+
+def _describe_use(
+    sums: list[float], elapsed: float, world_size: int
+) -> dict[str, float | None]:
+    """What of the time are exchanges, of the slots padding, of the devices' arithmetic the model.
+
+    sums: over ranks: exchange seconds, peak, tokens, slots, operations.
+    """
+    exchanged, peak, tokens, slots, operations = sums
+    return {
+        "exchange": exchanged / elapsed / world_size,
+        "padding": 1 - tokens / slots if slots else None,
+        "mfu": operations / elapsed / peak if peak else None,
+    }
 
 
 def _peak_memory_gb() -> float:

@@ -15,6 +15,7 @@ from trainer.distributed.resources import count_cores_per_rank
 from trainer.distributed.watchdog import Watchdog
 from trainer.reporting.run_log import RunLog
 from trainer.training.meters import IntervalMeter
+from trainer.training.observers.utilization import WorkMeter, find_peak
 from trainer.training.step import Trainer
 
 _WATCHDOG_MARGIN = (
@@ -47,10 +48,7 @@ class RunContext:
         self.config: RunConfig = trainer.config
         self.ranks: Ranks = trainer.ranks
         self.plan: BatchSchedule = trainer.plan
-        self.meter = IntervalMeter(
-            [domain.name for domain in trainer.dataset.domains],
-            self.config.model.mutual_information,
-        )
+        self.meter = self._build_meter()
         self.watchdog = Watchdog(
             60 * self.config.timeout_minutes + _WATCHDOG_MARGIN,
             lambda: f"step {self.state.step + 1}",
@@ -62,6 +60,25 @@ class RunContext:
         self._seconds_before = state.seconds
         self._damages: set[str] = set()
         self.feed = self._open_feed()
+
+    def _build_meter(self) -> IntervalMeter:
+        """Builds the meter of log lines, on all ranks."""
+        device = self.ranks.device
+        model = self.config.model
+        peak = find_peak(
+            self.config.profile.peak_tflops, device, model.precision
+        )
+        # On a device the host's clock does not tell how long an exchange takes.
+        exchange_seconds = None
+        if device.type == "cpu":
+            exchange_seconds = self.trainer.phases.exchange_seconds
+        domains = [domain.name for domain in self.trainer.dataset.domains]
+        return IntervalMeter(
+            domains,
+            model.mutual_information,
+            WorkMeter(model, peak),
+            exchange_seconds,
+        )
 
     def _open_feed(self) -> BatchFeed:
         """Opens the stream of this rank's batches, from the state's step on."""
@@ -75,6 +92,7 @@ class RunContext:
             config.negatives,
             config.stream,
             config.model.mutual_information_candidates,
+            config.accumulation,
         )
         pin_memory = self.ranks.device.type == "cuda"
         return BatchFeed(

@@ -5,10 +5,11 @@ A `Trainer` builds both or restores them from a checkpoint.
 Shapes: N uses of rows in a batch, U distinct rows, D domains, r width.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,15 @@ from embeddings.table import ItemTable
 from syncrec.batch.views import Batch
 from syncrec.losses.loss_correction import LossCorrection
 from syncrec.model import LossReport, SyNCRec
-from trainer.checkpoint.load import restore_model, restore_optimizers
+from trainer.checkpoint.load import (
+    restore_optimizers,
+    restore_training_model,
+)
+from trainer.checkpoint.zero_state import (
+    drop_average,
+    gather_average,
+    gather_state,
+)
 from trainer.config.run import RunConfig
 from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.loading.day_counts import count_recent
@@ -38,11 +47,27 @@ from trainer.distributed.process_group import (
 from trainer.errors import InputError, NonFiniteLoss
 from trainer.evaluation.recency.ranking import RecencyPopularity
 from trainer.evaluation.recency.stored import open_recency
+from trainer.reporting.trace.phases import (
+    BACKWARD,
+    BETWEEN,
+    COPY,
+    FORWARD,
+    GRADIENTS,
+    IDS,
+    OPTIMIZER,
+    ROWS,
+    SUMS,
+    TABLE,
+    PhaseClock,
+)
 from trainer.training.gradients import Gradients, HostCopy
 from trainer.training.loader_memory import estimate_loader_bytes
 from trainer.training.prefetch import PrefetchedBatch, Prefetcher
+from trainer.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from trainer.checkpoint.warm_start import WarmStart
     from trainer.data.format.dataset import Dataset
     from trainer.data.loading.batch_schedule import BatchSchedule
@@ -135,9 +160,10 @@ class Trainer:
             warm.restore_table(
                 self.table, config.table.init_std, config.warm_kept
             )
-        self.reduction = RankReduction()
+        self._build_clock()
         self._prefetcher = Prefetcher(ranks.device)
         self._gradients = Gradients(self.engine, config.optimizer.clip)
+        self._average = self._start_average()
         self._skips_on_device = (
             self._gradients.skips_on_device
             and ignores_zero_gradients(config.table)
@@ -145,12 +171,28 @@ class Trainer:
         self._pending: _PendingStep | None = None
         self._settled_signals = (step - 1, Signals())
 
+    def _start_average(self) -> WeightAverage | None:
+        """Goes on with the average of the weights, or begins it; None without one."""
+        decay = self.config.optimizer.ema
+        if decay:
+            return WeightAverage(self.engine, decay)
+        drop_average(self.engine)
+        return None
+
+    def _build_clock(self) -> None:
+        """Builds the clock of phases, and has the exchanges of the dense model timed."""
+        self.phases = PhaseClock()
+        self.reduction = RankReduction(
+            functools.partial(self.phases.within, SUMS)
+        )
+        _time_gradients(self.engine, self.phases)
+
     def _fill_model(
         self, checkpoint: Path | None, warm: "WarmStart | None"
     ) -> None:
         """Fills the dense model before an engine is built around it."""
         if checkpoint is not None:
-            restore_model(checkpoint, self.model)
+            restore_training_model(checkpoint, self.model)
         if warm is not None:
             warm.restore_model(self.model)
         if self.model.clock is not None:
@@ -194,12 +236,26 @@ class Trainer:
             )
         return self._recency
 
+    def evaluation_model(self) -> torch.nn.Module:
+        """The dense model to validate with, in evaluation mode. Called on all ranks.
+
+        It is the engine's own, or with `optimizer.ema` another one with the average of its weights.
+        """
+        self.engine.eval()
+        average = gather_average(self.engine)
+        if not average:
+            return self.engine.module
+        model = SyNCRec(self.config.model, len(self.dataset.domains))
+        model.load_state_dict(gather_state(self.engine, True) | average)
+        return model.to(self.ranks.device).eval()
+
     def prepare(self, batch: Batch) -> PrefetchedBatch:
         """Starts to prefetch a batch for a step to come.
 
         It is copied to the device and its ids are sent to the ranks that hold the rows. Called on
         all ranks, in the order of the steps.
         """
+        self.phases.begin(COPY)
         return self._prefetcher.prepare(batch, self.table)
 
     def train_step(
@@ -233,26 +289,41 @@ class Trainer:
         self._seed_dropout()
         self.engine.train()
         before = self._state_before_forward()
+        self.phases.begin(IDS)
         batch, exchange = self._prefetcher.take(prefetched)
+        self.phases.begin(ROWS)
         rows_UR = self.table.look_up(exchange)
+        self.phases.begin(FORWARD)
         # A leaf for each use: what is clipped is the norm over uses, which does not depend on the
         # rank that a user is on.
         used_NR = batch.gather_vectors(rows_UR.detach()).requires_grad_()
         loss, report = self.engine(batch, used_NR, self.reduction)
         if callable(following):
             following = following()
+        self.phases.begin(BACKWARD)
         self.engine.backward(loss)
         if following is not None:
+            self.phases.begin(IDS)
             self._prefetcher.send(following)
+        self.phases.begin(SUMS)
         gradient_NR = used_NR.grad
         assert gradient_NR is not None  # of backward
         gradient_NR = self._guard_gradient(
             gradient_NR, loss.detach(), report, batch, before, signals
         )
+        self._update(batch, gradient_NR)
+        return loss.detach(), report
+
+    def _update(self, batch: Batch, gradient_NR: torch.Tensor) -> None:
+        """Updates table and dense model, and the average of the weights. Called on all ranks."""
+        self.phases.begin(TABLE)
         self.table.update(batch.reduce_gradient(gradient_NR))
+        self.phases.begin(OPTIMIZER)
         self.engine.step()
         self.step += 1
-        return loss.detach(), report
+        if self._average is not None and self._gradients.made is not None:
+            self._average.update(self.step, self._gradients.made)
+        self.phases.begin(BETWEEN)
 
     def _set_learning_rates(self) -> None:
         """Sets both learning rates to where the schedule is."""
@@ -397,3 +468,14 @@ class Trainer:
         if not names:
             return ""
         return f"the {view} loss of {', '.join(names)}"
+
+
+def _time_gradients(engine: "DeepSpeedEngine", phases: PhaseClock) -> None:
+    """Has DeepSpeed's reduction of the dense gradient counted as a phase of its own."""
+    reduce = engine.allreduce_gradients
+
+    def reduce_timed(*arguments: Any, **options: Any) -> None:
+        with phases.within(GRADIENTS):
+            reduce(*arguments, **options)
+
+    engine.allreduce_gradients = reduce_timed

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from launch.options import RecencyTerm, Verbosity
+from trainer.config.command_line.common_options import RecencyTerm, Verbosity
 from trainer.config.retraining import PublishConfig
 from trainer.errors import InputError
 

@@ -676,3 +676,12 @@ def test_versions_of_the_stack_are_stated_in_one_place():
 )
 def test_a_stated_version_is_seen(line):
     assert stated(line) and not stated("torchmetrics==1.0.3")
+
+
+def test_a_checkout_without_tests_installs_nothing_for_them(
+    installs, machine, monkeypatch, tmp_path
+):
+    """An image's."""
+    monkeypatch.setattr(stack, "_ROOT", tmp_path)
+    stack.install()
+    assert ("install", "--editable", f"{tmp_path}[train]") in installs

@@ -3,7 +3,7 @@
 import copy
 import math
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -434,7 +434,8 @@ def only(batch, view):
         getattr(batch, other),
         target_weight_L=torch.zeros_like(getattr(batch, other).target_weight_L),
     )
-    return replace(batch, **{other: silent})
+    micro_batch = replace(batch.micro_batches[0], **{other: silent})
+    return replace(batch, micro_batches=(micro_batch,))
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
@@ -856,6 +857,90 @@ def test_mean_over_ranks_equals_one_process(reading, world_size, shared):
             model.correction.lambda_D,
             "λ state",
         )
+
+
+@pytest.mark.parametrize("reading", RANK_READINGS)
+@pytest.mark.parametrize("shared", [None, 5])
+def test_micro_batches_are_one_batch(reading, shared):
+    """Losses, λ, its state, and all gradients, SC-MIM among the users of all micro-batches."""
+    config = replace(SMALL, **RANK_READINGS[reading])
+    histories = draw(7, DOMAIN_ITEMS, users=12, absent_domain=1)
+    negatives = draw_shared(7, DOMAIN_ITEMS, shared) if shared else None
+    packed = (histories, DOMAIN_ITEMS, config.max_length, "mean", negatives)
+    table = make_table(DOMAIN_ITEMS, config.dim, 7)
+    model = make_model(config, len(DOMAIN_ITEMS), 7, lambda_state=True)
+    accumulating = copy.deepcopy(model)
+    loss, report, gradients, item_gradient = run(model, table, pack(*packed)[0])
+    cut, _ = pack(*packed, accumulation=4)
+    assert [one.users > 0 for one in cut.micro_batches] == 4 * [True]
+
+    accumulated = run(accumulating, table, cut)
+
+    near(accumulated[0], loss, "loss")
+    near(accumulated[3], item_gradient, "gradient of the items")
+    for name, gradient in gradients.items():
+        if gradient is None:
+            assert accumulated[2][name] is None
+        else:
+            near(accumulated[2][name], gradient, name)
+    for field in fields(report):
+        value = getattr(accumulated[1], field.name)
+        expected = getattr(report, field.name)
+        near(value.nan_to_num(), expected.nan_to_num(), field.name)
+    for name, buffer in model.named_buffers():
+        near(accumulating.get_buffer(name), buffer, name)
+
+
+def test_backward_keeps_the_activations_of_one_micro_batch():
+    """Of the others it keeps where they begin, and computes them anew."""
+    histories = draw(3, DOMAIN_ITEMS, users=40)
+    model = make_model(SMALL, len(DOMAIN_ITEMS), 3)
+    table = make_table(DOMAIN_ITEMS, SMALL.dim, 3)
+    saved = {}
+    for accumulation in (1, 4):
+        batch, _ = pack(
+            histories, DOMAIN_ITEMS, SMALL.max_length, accumulation=accumulation
+        )
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        rows = table[batch.ids].requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one)
+        with hooks:
+            model(batch, rows)
+        saved[accumulation] = sum(sizes)
+    assert saved[4] < 0.5 * saved[1]
+
+
+def test_dropout_of_a_micro_batch_is_the_same_in_backward():
+    """A gradient is that of the loss that forward gave: along itself the loss changes by its square."""
+    # Nothing that follows from the losses without gradient.
+    config = replace(
+        SMALL, dropout=0.3, stop_gradient=False, loss_correction="none"
+    )
+    model = make_model(config, len(DOMAIN_ITEMS), 5)
+    table = make_table(DOMAIN_ITEMS, config.dim, 5)
+    histories = draw(5, DOMAIN_ITEMS, users=12)
+    batch, _ = pack(histories, DOMAIN_ITEMS, config.max_length, accumulation=3)
+    state = copy.deepcopy(model.state_dict())
+    losses = []
+    step = 1e-6
+    gradient = torch.zeros_like(table)
+    for factor in (0, step, -step):
+        model.load_state_dict(state)
+        torch.manual_seed(5)
+        moved = table + factor * gradient
+        loss, _, _, found = run(model, moved, batch)
+        losses.append(loss)
+        if not factor:
+            gradient = found
+    slope = (losses[1] - losses[2]) / (2 * step)
+    torch.testing.assert_close(
+        slope, gradient.square().sum(), rtol=1e-5, atol=0
+    )
 
 
 def test_information_among_a_ranks_own_users_is_the_mean_of_the_ranks():

@@ -117,10 +117,11 @@ class TrainBatches(torch.utils.data.IterableDataset):
         negatives: NegativesConfig,
         config: StreamConfig,
         candidates: int = 0,
+        accumulation: int = 1,
     ):
         """candidates: the users a domain that stand for all of a larger batch (SC-MIM).
 
-        0: all users do.
+        0: all users do. accumulation: into how many micro-batches a batch is cut.
         """
         super().__init__()
         self.plan = plan
@@ -131,6 +132,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         self.negatives = negatives
         self.config = config
         self.candidates = candidates
+        self.accumulation = accumulation
         self.only_domain: int | None = None
         if config.domain:
             self.only_domain = plan.dataset.domain_number(config.domain)
@@ -148,6 +150,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             self.negatives,
             self.config,
             self.candidates,
+            self.accumulation,
         )
 
     def __iter__(self) -> Iterator[RankBatch]:
@@ -230,17 +233,17 @@ class TrainBatches(torch.utils.data.IterableDataset):
             negatives = self._draw_own_negatives(
                 epoch, part, kept_N, items_N, domain_N, filler
             )
-        weight_B = _weigh_users(len(lengths_B), len(part.number_B))
         batch = build_batch(
             items_N,
             lengths_B,
             domain_N,
-            weight_B,
+            _weigh_users(len(lengths_B), len(part.number_B)),
             negatives,
             self._items_D,
             self.max_length,
             self.pooling,
             filled.ticks_N[kept_N],
+            self.accumulation,
         )
         candidates = self._draw_candidates(epoch, step, part.number_B)
         batch = replace(batch, candidates=candidates)

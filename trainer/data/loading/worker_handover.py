@@ -230,7 +230,10 @@ def _map_fields(
     kind: type,
     function: Callable[[Any], Any],
 ) -> Any:
-    """The same dataclass with function(field) for each field of that kind, and so inside it."""
+    """The same dataclass with function(field) for each field of that kind.
+
+    So inside it, in dataclasses and tuples of dataclasses.
+    """
     changed = {}
     for field in fields(value):
         item = getattr(value, field.name)
@@ -238,4 +241,8 @@ def _map_fields(
             changed[field.name] = function(item)
         elif is_dataclass(item):
             changed[field.name] = _map_fields(item, kind, function)
+        elif isinstance(item, tuple) and item and is_dataclass(item[0]):
+            changed[field.name] = tuple(
+                _map_fields(inner, kind, function) for inner in item
+            )
     return replace(value, **changed)

@@ -431,6 +431,39 @@ def test_query_continues_whole_histories(drawn, extra):
     )
 
 
+@given(batches(), st.integers(1, 4))
+def test_micro_batches_are_batches_of_their_users(drawn, accumulation):
+    """The same rows as of the whole batch; views as if a micro-batch's users were alone."""
+    histories, longest = drawn
+    whole = build(histories, longest)
+    batch, _ = pack(histories, DOMAIN_ITEMS, longest, accumulation=accumulation)
+    assert torch.equal(batch.distinct, whole.distinct)
+    assert torch.equal(batch.inverse, whole.inverse)
+    assert len(batch.micro_batches) == min(accumulation, len(histories))
+    user, first = 0, 0
+    for micro_batch in batch.micro_batches:
+        users = histories[user : user + micro_batch.users]
+        (alone,) = build(users, longest).micro_batches
+        assert micro_batch.first_interaction == first
+        assert micro_batch.interactions == alone.interactions
+        assert_same_view(micro_batch.cross, alone.cross)
+        assert_same_view(micro_batch.single, alone.single)
+        user += micro_batch.users
+        first += micro_batch.interactions
+    assert (user, first) == (len(histories), batch.interactions)
+
+
+def assert_same_view(one, other):
+    for field in fields(one):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(left, torch.Tensor):
+            assert torch.equal(left, right), field.name
+        elif is_dataclass(left):
+            assert_same_view(left, right)
+        else:
+            assert left == right, field.name
+
+
 @pytest.mark.parametrize("kind", ["batch", "query"])
 def test_move_takes_every_tensor_along(kind):
     histories = [user([0, 1, 0, 2]), user([3])]
@@ -454,6 +487,9 @@ def test_move_takes_every_tensor_along(kind):
                 ), field.name
             elif is_dataclass(old):
                 check(old, new)
+            elif field.name == "micro_batches":
+                for pair in zip(old, new, strict=True):
+                    check(*pair)
             else:
                 assert old == new
 

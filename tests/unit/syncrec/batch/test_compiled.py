@@ -82,6 +82,9 @@ def assert_same(one, other, path="batch"):
         assert one.keys() == other.keys()
         for name in one:
             assert_same(one[name], other[name], f"{path}.{name}")
+    elif path.endswith("micro_batches"):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}.{number}")
     elif isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype, path
         assert torch.equal(one, other), path
@@ -108,6 +111,7 @@ def test_batches_are_those_of_numpy(data, drawn, max_length):
         max_length,
         data.draw(st.sampled_from(["mean", "last"])),
         data.draw(st.sampled_from([None, ticks_N[kept]])),
+        data.draw(st.sampled_from([1, 3])),
     )
     batch = build_batch(*arguments)
     assert_same(

@@ -271,6 +271,7 @@ FREE = {
     "run",
     "timeout_minutes",
     "deterministic",
+    "accumulation",
     "epochs",
     "max_steps",
     "optimizer.zero_stage",
@@ -304,7 +305,20 @@ FREE |= {
     f"checkpoint.{name}"
     for name in ("every_steps", "every_minutes", "every_epochs", "keep")
 }
-FREE |= {f"log.{name}" for name in ("every", "tensorboard")}
+FREE |= {
+    f"log.{name}"
+    for name in (
+        "console",
+        "every",
+        "project",
+        "prometheus",
+        "tensorboard",
+        "trackers",
+    )
+}
+FREE |= {
+    f"profile.{name}" for name in ("steps", "phases", "memory", "peak_tflops")
+}
 FREE |= {
     f"table.{name}" for name in ("placement", "cache_share", "device_share")
 }
@@ -390,6 +404,9 @@ def test_a_run_that_cannot_begin_takes_away_its_own_files_alone(tmp_path):
         "metrics.jsonl",
         "checkpoints/notes.txt",
         "tensorboard/events",
+        "nccl/rank-0",
+        "trackers.json",
+        "wandb/offline-run-1/files",
         ".lock",
     ):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ UNKNOWN = {
     "negatives.count=3": ("per_target", "shared"),
     "stream.worker=3": ("workers", "prefetch"),
     "evaluation.negative=3": ("negatives", "patience"),
-    "log.interval=3": ("every", "tensorboard"),
+    "log.interval=3": ("every", "tensorboard", "trackers", "project"),
 }
 
 
@@ -61,13 +61,13 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(
 
 
 BAD_VALUES = {
-    "global_batch_size": "0", "epochs": "0 1.5 ten null true", "seed": "-1", "max_steps": "-1", "timeout_minutes": "0 inf nan",
+    "global_batch_size": "0", "accumulation": "0 -1 1.5", "epochs": "0 1.5 ten null true", "seed": "-1", "max_steps": "-1", "timeout_minutes": "0 inf nan",
     "model": "3 null", "model.dim": "0 x", "model.norm": "middle", "model.dropout": "1 nan", "model.eta": "2",
     "model.heads": "3", "model.loss": "hinge",
     "model.encoder": "lstm", "model.mutual_information": "maybe", "model.mutual_information_negatives": "1 all 0.5 true",
     "table.optimizer": "adamw off", "table.learning_rate": "0 nan inf", "table.beta1": "1",
     "optimizer.learning_rate": "-1 nan", "optimizer.eps": "0", "optimizer.clip": "-1 nan", "optimizer.warmup_steps": "-1",
-    "optimizer.zero_stage": "4", "optimizer.schedule": "step", "optimizer.beta2": "1",
+    "optimizer.zero_stage": "4", "optimizer.schedule": "step", "optimizer.beta2": "1", "optimizer.ema": "1 -0.1 nan",
     "tokens_per_batch": "-1 127", "negatives.per_target": "0", "negatives.shared": "-1",
     "stream.workers": "-2", "stream.prefetch": "0", "stream.verify": "perhaps",
     "evaluation.negatives": "0", "evaluation.batch_size": "0", "evaluation.patience": "-1",

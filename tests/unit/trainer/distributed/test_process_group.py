@@ -12,6 +12,7 @@ from tests.ranks.conftest import free_port
 from trainer.distributed import process_group
 from trainer.distributed.process_group import (
     choose_device,
+    record_collectives,
     translate_backend_errors,
 )
 from trainer.errors import InputError, LostRanks
@@ -204,3 +205,18 @@ def test_deepspeed_stays_where_it_has_computed(device, monkeypatch):
     with pytest.raises(InputError, match="has computed on cpu"):
         choose_device("cuda")
     assert choose_device("cpu") == "cpu"
+
+
+def test_the_flight_recorder_leaves_what_is_set_already(tmp_path, monkeypatch):
+    names = (
+        "TORCH_FR_BUFFER_SIZE",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+        "TORCH_FR_DUMP_TEMP_FILE",
+    )
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    record_collectives(tmp_path / "nccl")
+    values = [os.environ[name] for name in names]
+    assert values == ["7", "1", f"{tmp_path}/nccl/rank-"]

@@ -4,6 +4,7 @@ import pytest
 
 from trainer.files.redact import (
     find_local_folder,
+    hide_secrets,
     is_address,
     printable_text,
     redact_for_record,
@@ -22,6 +23,17 @@ from trainer.files.redact import (
 )
 def test_addresses_lose_their_secrets(location, printed):
     assert redact_location(location) == printed
+
+
+def test_texts_lose_secrets_of_addresses_and_of_the_environment():
+    environment = {"WANDB_API_KEY": "abcdef123", "HOME": "/home/x"}
+    text = "401 for https://u:pw@host/a?sig=1 and s3://b, key abcdef123 /home/x"
+    assert hide_secrets(text, environment) == (
+        "401 for https://…@host/a?… and s3://b, key … /home/x"
+    )
+    assert hide_secrets("url: /a?key=1/api", {}) == "url: /a?…"
+    # A short value would hide parts of other words.
+    assert hide_secrets("a token", {"TOKEN": "a"}) == "a token"
 
 
 def test_a_command_is_not_recorded():

@@ -88,7 +88,6 @@ def open_log(
     width=500,
     **options,
 ):
-    options = {"tensorboard": False, **options}
     return RunLog(
         folder,
         total_steps,
@@ -106,18 +105,6 @@ def strict_lines(folder):
         json.loads(line, parse_constant=refuse)
         for line in (folder / METRICS_FILE).read_text().splitlines()
     ]
-
-
-def scalars(folder):
-    from tensorboard.backend.event_processing.event_accumulator import (
-        EventAccumulator,
-    )
-
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def test_records_become_plain_json(tmp_path):
@@ -242,9 +229,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, line):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     file = io.StringIO()
-    with open_log(
-        tmp_path / "run", file=file, enabled=False, tensorboard=True
-    ) as log:
+    with open_log(tmp_path / "run", file=file, enabled=False) as log:
         log.message("hello")
         log.train(train_record(10))
         log.evaluation(evaluation_record(10))
@@ -347,7 +332,6 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
         tmp_path,
         100,
         ["Books"],
-        tensorboard=False,
         resume_step=20,
         console=console,
     ) as log:
@@ -358,9 +342,7 @@ def test_the_bar_is_drawn_on_a_terminal(tmp_path):
 
 def test_hostile_names_stay_on_one_line_letter_by_letter(tmp_path):
     file = io.StringIO()
-    with open_log(
-        tmp_path, HOSTILE, file, tensorboard=True, verbosity="verbose"
-    ) as log:
+    with open_log(tmp_path, HOSTILE, file, verbosity="verbose") as log:
         log.train(train_record(1, HOSTILE))
         log.evaluation(evaluation_record(1, HOSTILE))
         log.message(evaluation_table(evaluation_record(1, HOSTILE)))
@@ -417,32 +399,6 @@ def test_lines_without_lambda_or_figures(tmp_path):
     )
     assert "loss –" in second and "φ" not in second
     assert "NDCG@10 –" in third and "Books –" in third
-
-
-def test_tensorboard_has_every_figure_and_forgets_what_a_resume_redoes(
-    tmp_path,
-):
-    with open_log(tmp_path, tensorboard=True) as log:
-        for step in (10, 20, 30):
-            log.train(train_record(step, loss=float(step)))
-        log.evaluation(evaluation_record(30))
-    with open_log(tmp_path, tensorboard=True, resume_step=20) as log:
-        log.train(train_record(30, loss=99.0))
-        log.evaluation(evaluation_record(30, kind="test"))
-    found = scalars(tmp_path)
-    assert found["loss/total"] == [(10, 10.0), (20, 20.0), (30, 99.0)]
-    assert found["lambda/Toys"][-1] == (30, 0.5) and found["phi/Books"][0] == (
-        10,
-        -0.125,
-    )
-    assert found["test mean/NDCG@10"] == [(30, 0.25)] and found[
-        "test HR@5/Books"
-    ] == [(30, 0.25)]
-    assert (
-        "validation mean/NDCG@10" not in found
-        or found["validation mean/NDCG@10"] == []
-    )
-    assert "optimizer/gradient_norm" not in found  # null throughout
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

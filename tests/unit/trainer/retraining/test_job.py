@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import trainer.files.lock
 from tests.helpers import HELPERS
 from trainer.config.load import load_settings
 from trainer.config.retraining import RetrainConfig
@@ -507,7 +508,8 @@ def test_a_folder_that_was_moved_goes_on(day, tmp_path):
     assert (new / "days" / "2" / "run").is_dir()  # it has served
 
 
-def test_two_at_once_do_not_harm_each_other(day, tmp_path):
+def test_two_at_once_do_not_harm_each_other(day, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.files.lock, "PATIENCE", 0.0)
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import trainer.files.lock
 import trainer.retraining.publish
 import trainer.serving.export
 from embeddings.table import ItemTable
@@ -475,7 +476,10 @@ def test_after_9999_versions_the_numbers_go_on(first, second, tmp_path, good):
     ]
 
 
-def test_two_at_once_do_not_harm_each_other(first, tmp_path, quick):
+def test_two_at_once_do_not_harm_each_other(
+    first, tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr(trainer.files.lock, "PATIENCE", 0.0)
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process publishes here"):

@@ -28,6 +28,7 @@ from trainer.errors import InputError
 from trainer.evaluation.recency.stored import open_recency_term
 from trainer.evaluation.recency.term import TERM_HALF_LIVES
 from trainer.evaluation.sampled import build_history_query
+from trainer.files.lock import lock_folder
 from trainer.retraining.registry import check_version
 from trainer.run_files import RECENCY_TERM
 from trainer.serving.export import export_run
@@ -363,6 +364,19 @@ def test_a_folder_is_replaced_in_one_move(folder, fresh, log, tmp_path):
     with pytest.raises(InputError, match="nothing is newer than what"):
         refresh_counts(own, RefreshConfig(inputs=(log,)))
     same_offsets(own, fresh)
+
+
+def test_two_refreshes_of_one_folder_are_one_after_the_other(
+    folder, log, tmp_path
+):
+    """The second would go on from counts without the first one's events."""
+    model = copied(folder, tmp_path / "model", log)
+    config = RefreshConfig(inputs=(log,))
+    with lock_folder(model):
+        with pytest.raises(InputError, match="another refresh replaces it"):
+            refresh_counts(model, config)
+        refresh_counts(model, config, tmp_path / "beside")
+    refresh_counts(model, config)
 
 
 @pytest.mark.parametrize("output", [None, "out"])

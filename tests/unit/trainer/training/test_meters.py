@@ -116,3 +116,33 @@ def test_waiting_is_a_share_of_the_interval_and_pauses_are_not_in_it(
             found["data_wait"] == 0.25 and found["tokens_per_second"] == 5 / 4
         )
     assert found["seconds"] == 200
+
+
+def test_use_is_a_share_of_what_all_ranks_could_have_done(
+    ranks, clock, monkeypatch
+):
+    # Another rank with the same figures.
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+
+    class Work:
+        peak = 100.0
+
+        def add(self, batch):
+            pass
+
+        def take(self):
+            return 60, 80, 500
+
+    exchanged = iter([0.0, 5.0, 7.0, 9.0, 9.0])
+    meter = IntervalMeter(["a", "b"], True, Work(), lambda: next(exchanged))
+    meter.add(batch([1.0], 5), torch.tensor(5.0), report())
+    clock.seconds += 20
+    found = meter.record(1, 0)
+    assert found["exchange"] == 5 / 20
+    assert found["padding"] == 1 - 60 / 80
+    assert found["mfu"] == 500 / (20 * 100)
+    # The next interval begins anew.
+    meter.add(batch([1.0], 5), torch.tensor(5.0), report())
+    clock.seconds += 20
+    assert meter.record(2, 0)["exchange"] == 2 / 20

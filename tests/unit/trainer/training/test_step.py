@@ -54,7 +54,15 @@ def batches(trainer, count):
         config.negatives,
         config.stream,
     )
-    stream = iter(TrainBatches(trainer.plan, 0, trainer.step, *given))
+    stream = iter(
+        TrainBatches(
+            trainer.plan,
+            0,
+            trainer.step,
+            *given,
+            accumulation=config.accumulation,
+        )
+    )
     return [next(stream).batch for _ in range(count)]
 
 
@@ -376,6 +384,43 @@ def test_a_checkpoint_with_weight_decay_goes_on_at_any_stage(
             torch.testing.assert_close(
                 elsewhere[name], value, rtol=1e-5, atol=1e-7, msg=name
             )
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("stage", "negatives"),
+    [*((stage, "shared") for stage in range(4)), (0, "own")],
+)
+def test_accumulation_over_four_is_one_batch(run, stage, negatives):
+    """Losses, λ, table, dense model and both optimizers' states, after three steps of one update each."""
+    settings = [
+        f"optimizer.zero_stage={stage}",
+        "global_batch_size=8",
+        "model.dropout=0",
+        "optimizer.eps=1e-4",  # a gradient that is rounding alone moves nothing
+    ]
+    if negatives == "own":
+        settings += ["negatives.shared=0", "negatives.per_target=2"]
+    reports, states = [], []
+    for accumulation in (1, 4):
+        trainer = trainer_of(run, *settings, f"accumulation={accumulation}")
+        for batch in batches(trainer, 3):
+            assert len(batch.micro_batches) == accumulation
+            loss, report = trainer.train_step(batch)
+            reports.append((loss, *vars(report).values()))
+        states.append(everything(trainer))
+        assert trainer.table.updates == 3
+    for whole, cut in zip(reports[:3], reports[3:], strict=True):
+        for value, expected in zip(cut, whole, strict=True):
+            torch.testing.assert_close(
+                value, expected, rtol=1e-6, atol=1e-6, equal_nan=True
+            )
+    whole, cut = states
+    assert cut.keys() == whole.keys()
+    for name, expected in whole.items():
+        torch.testing.assert_close(
+            cut[name], expected, rtol=1e-5, atol=1e-6, msg=name
+        )
 
 
 def test_a_batch_without_any_user_moves_no_row(run):

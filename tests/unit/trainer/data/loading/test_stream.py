@@ -108,7 +108,7 @@ def assert_same(one, other, path="batch"):
                 getattr(other, field.name),
                 f"{path}.{field.name}",
             )
-    elif isinstance(one, list):
+    elif isinstance(one, list | tuple):
         assert len(one) == len(other), path
         for number, pair in enumerate(zip(one, other, strict=True)):
             assert_same(*pair, f"{path}[{number}]")

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import trainer.data.duckdb_engine
 import trainer.data.prepare.ids
 import trainer.data.prepare.pipeline
+import trainer.files.lock
 from trainer.config.prepare import PrepareConfig
 from trainer.data.counter_rng import RandomStream, random_bits
 from trainer.data.format.dataset import Dataset
@@ -1329,6 +1330,7 @@ def test_killed_processes_leave_what_the_same_command_goes_on_from(
 
 
 def test_two_at_once_on_one_output_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.files.lock, "PATIENCE", 0.0)
     log = write(tmp_path / "log.csv", GOOD)
 
     def meanwhile(*arguments, **options):
