@@ -148,6 +148,8 @@ def plan_memory(
     device = machines.device
     stage = zero_stage(config)
     dense = dense_bytes(trial.weights, stage, ranks)
+    if config.optimizer.ema:
+        dense += _FLOAT * trial.weights
     bucket = bucket_bytes(config, trial.weights, device is not None)
     steps = trial.bytes(load.most_tokens)
     held = config.stream.prefetch + 1
