@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 launch/train.py --config … data=DIR run=DIR        two ranks here
     deepspeed --hostfile HOSTS launch/train.py --config … data=DIR run=DIR    a cluster
     python launch/train.py --show-config --config amazon4                     what a preset says
-    python launch/train.py --plan --ranks 64 --hosts 8 --gpu H100 --config … data=DIR    what it will take
+    python launch/train.py --plan --config … data=DIR                         what it will take
 
 Presets: default (what holds without --config), amazon4, demo, paper, sasrec, gru4rec; and timeline,
 over another one (--config default --config timeline), for a split by time.
