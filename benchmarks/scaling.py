@@ -15,7 +15,7 @@ with the later. Steps in which other processes took more than `quiet` of a core 
 `tries` times at most, and the quietest count.
 
 Bytes are counted by `traffic.py`: by formula, by call, and those that left through the hosts'
-interfaces. The model of a step's time is `step_model.py`'s, fitted on the medians.
+interfaces. The model of a step's time is trainer/planning/step_model.py's, fitted on the medians.
 """
 
 import math
@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import chart, namespaces, step_model, suite, traffic
+from benchmarks import chart, namespaces, suite, traffic
 from benchmarks.groups import HOSTS, ONE, TWIN, Groups
 from syncrec.config import ModelConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
+from trainer.planning import step_model
 
 if TYPE_CHECKING:
     from benchmarks.groups import Group

@@ -1,6 +1,6 @@
 """What the ranks send each other in a step, in three ways that can be held against each other.
 
-- By formula (`expected`), from the batch's and the model's sizes alone.
+- By formula (`expected`, of trainer/planning/traffic.py), from the batch's and the model's sizes alone.
 - By call: the functions of `torch.distributed` are replaced by ones that note what they are
   handed (`watch`, `Traffic`). What a rank then sends follows from the algorithm that the
   backend uses (`sent`).
@@ -22,7 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from embeddings.table import count_bags
+from trainer.planning.traffic import expected, messages, sent
+
+__all__ = [
+    "Call",
+    "Traffic",
+    "expected",
+    "foreign",
+    "least",
+    "messages",
+    "passed",
+    "sent",
+    "watch",
+]
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +47,7 @@ if TYPE_CHECKING:
 # 64 KiB; a network with packets of 1,500 bytes has these, and 24 bytes between two frames, on
 # each 1,448 bytes: 6 %.
 HEADER = 14 + 20 + 32
-_ID = 8  # bytes of a row's number as TorchRec sends it
-_LENGTH = 4  # of the number of ids in a bag
 _LEAST_ID = 4  # a table has less than 2³¹ rows
-_CHECKED = (
-    3 + 4
-)  # both norms and the probe of what is not finite; the ranks' signals
 
 # The collectives and where their input is among the arguments.
 _INPUTS = {
@@ -84,28 +91,6 @@ class Call:
     wire: int | None
     waited: float
     seconds: float
-
-
-def sent(kind: str, payload: int, world: int, own: int = 0) -> float:
-    """Bytes that a rank sends in a collective, the mean over ranks, with the backends'
-    algorithms for much data.
-
-    payload: bytes of the rank's own tensor; own: those of an all-to-all that stay where they are.
-    """
-    if kind == "all_to_all_single":
-        return payload - own
-    if kind in ("all_gather", "all_gather_into_tensor"):
-        return (world - 1) * payload
-    # Each part of the tensor is summed around a ring, and the sums go around it. gloo's reduce-
-    # scatter does both too.
-    return 2 * (world - 1) / world * payload
-
-
-def messages(kind: str, world: int) -> int:
-    """How many messages a rank sends in a collective, one after the other, by gloo's algorithms."""
-    if kind in ("all_to_all_single", "all_gather", "all_gather_into_tensor"):
-        return world - 1
-    return 2 * (world - 1)
 
 
 class Traffic:
@@ -248,56 +233,6 @@ def _part(kind, tensor):
                 return _PARTS.get(name, f"{Path(file).stem}.{name}")
         frame = frame.f_back
     return "others"
-
-
-def expected(
-    world: int,
-    dim: int,
-    domains: int,
-    users: int,
-    weights: int,
-    zero_stage: int,
-    foreign: float,
-    candidates: int = 0,
-) -> dict[str, float]:
-    """{part: bytes that a rank sends in a step, the mean over ranks}, by formula.
-
-    candidates: users a domain that stand for all of a larger batch in SC-MIM; 0: all do for
-    themselves. users: of a rank; weights: trained weights of the dense model; foreign: rows
-    that a rank looks up at others, the mean over ranks. Reductions of a few numbers are in it,
-    so that nothing is missing.
-    """
-    if world == 1:
-        return {}
-    others = (world - 1) / world
-    gathered = users * domains * 4 * dim
-    found = {
-        # How many lengths, ids and bags go to each rank; the lengths of the bags.
-        "numbers of ids": (world - 1) * (3 * _ID + count_bags(world) * _LENGTH),
-        "ids": foreign * _ID,
-        "rows": foreign * 4 * dim,
-        "row gradients": foreign * 4 * dim,
-        "φ, λ and means": 2 * others * 8 * 8 * domains,
-        "SC-MIM": (world - 1)
-        * (
-            gathered + users * domains
-        ),  # the vectors, and which of them there are
-        "SC-MIM gradients": (world - 1) * gathered,
-        "dense gradients": 2 * others * 4 * weights,
-        "clip, check, signals": 2 * others * _CHECKED * 8,
-    }
-    if 0 < candidates < world * users:
-        sample = (
-            2 * others * 4 * domains * candidates * dim
-        )  # summed into their places
-        found["SC-MIM"] = sample
-        found["SC-MIM gradients"] = sample
-        found["φ, λ and means"] += (
-            2 * others * 8 * domains * (candidates + 1)
-        )  # which of them there are; users by domain
-    if zero_stage in (1, 2):
-        found["dense weights"] = others * 4 * weights
-    return found
 
 
 def foreign(

@@ -4,6 +4,7 @@
     deepspeed --num_gpus 2 launch/train.py --config … data=DIR run=DIR        two ranks here
     deepspeed --hostfile HOSTS launch/train.py --config … data=DIR run=DIR    a cluster
     python launch/train.py --show-config --config amazon4                     what a preset says
+    python launch/train.py --plan --config … data=DIR                         what it will take
 
 Presets: default (what holds without --config), amazon4, demo, paper, sasrec, gru4rec; and timeline,
 over another one (--config default --config timeline), for a split by time.
@@ -59,6 +60,28 @@ class Options(Device, ItemTitles, Verbosity):
     show_config: bool = option(
         "print the effective configuration and stop", False
     )
+    plan: bool = option(
+        "print the memory, network and time that the run will take, and stop; no rank is started",
+        False,
+    )
+    ranks: int | None = option(
+        "of --plan: how many ranks; without it: as many as are started",
+        None,
+        metavar="N",
+    )
+    hosts: int | None = option(
+        "of --plan: on how many hosts", None, metavar="N"
+    )
+    gpu: str | None = option(
+        "of --plan: A100, H100 or H200; without it: this machine's processor",
+        None,
+        metavar="NAME",
+    )
+    between_gbit: float = option(
+        "of --plan: what a host sends to others, in Gbit/s",
+        400.0,
+        metavar="NUMBER",
+    )
     fresh: bool = option(
         "refuse a folder that holds a run, in place of resuming", False
     )
@@ -91,6 +114,17 @@ def main() -> None:
     )
     if options.show_config:
         print(to_yaml(config), end="")
+        return
+    if options.plan:
+        from trainer.planning.command import plan_run
+
+        plan_run(
+            config,
+            options.ranks,
+            options.hosts,
+            options.gpu,
+            options.between_gbit,
+        )
         return
     if options.max_restarts > 0:
         supervise(options.max_restarts)

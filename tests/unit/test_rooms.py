@@ -28,6 +28,7 @@ ROOMS = (
     "evaluation",
     "reporting",
     "training",
+    "planning",
     "doctor",
     "serving",
     "retraining",

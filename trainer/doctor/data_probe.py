@@ -6,14 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from embeddings.config import optimizer_name
 from embeddings.control_groups import available_host_memory
-from embeddings.placement import (
-    HostNeeds,
-    Room,
-    count_ranks_of_host,
-    plan_capacity,
-)
+from embeddings.placement import Room, count_ranks_of_host
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.format.shards import Block, read_blocks
@@ -22,10 +16,8 @@ from trainer.doctor.deadline import Unanswered, call_with_deadline
 from trainer.doctor.facts import DataFacts
 from trainer.errors import InputError
 from trainer.files.redact import printable_text, redact_location
-from trainer.training.loader_memory import (
-    estimate_loader_bytes,
-    estimate_shared_bytes,
-)
+from trainer.planning.memory import plan_table
+from trainer.training.loader_memory import estimate_shared_bytes
 
 _SECONDS = 30.0
 _READ_SECONDS = 1.0
@@ -68,20 +60,12 @@ def _look(config: RunConfig, ranks: Ranks) -> DataFacts:
 
 def _plan_memory(config: RunConfig, dataset: Dataset, ranks: Ranks) -> str:
     """What the table takes of this rank. Raises ValueError where it does not fit."""
-    loaders = estimate_loader_bytes(config, dataset, ranks.world_size)
     on_device = None
     if ranks.device.type == "cuda":
         on_device, _ = torch.cuda.mem_get_info(ranks.device)
     on_host = available_host_memory() // count_ranks_of_host()
-    rows = -(-dataset.num_embeddings // ranks.world_size)
-    capacity = plan_capacity(
-        config.table,
-        optimizer_name(config.table),
-        rows,
-        config.model.dim,
-        Room(on_device, on_host),
-        HostNeeds(checkpoints=True, loaders=loaders),
-    )
+    room = Room(on_device, on_host)
+    capacity = plan_table(config, dataset, ranks.world_size, room)
     return str(capacity)
 
 

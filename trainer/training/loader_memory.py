@@ -40,7 +40,7 @@ def estimate_shared_bytes(
     It is a part of `estimate_loader_bytes`.
     """
     batches = config.stream.prefetch + _IN_HAND
-    piece = _SPARE * _batch_bytes(config, dataset, world_size)
+    piece = _SPARE * estimate_batch_bytes(config, dataset, world_size)
     return int(2 * _count_workers(config) * batches * piece)
 
 
@@ -51,7 +51,9 @@ def _count_workers(config: RunConfig) -> int:
     return config.stream.workers
 
 
-def _batch_bytes(config: RunConfig, dataset: Dataset, world_size: int) -> float:
+def estimate_batch_bytes(
+    config: RunConfig, dataset: Dataset, world_size: int
+) -> float:
     """Estimates the bytes of a rank's batch, of users with a mean number of interactions."""
     # A batch has at most everyone.
     most_users = min(config.global_batch_size, max(1, dataset.users))

@@ -13,6 +13,7 @@ from benchmarks.groups import Group
 from benchmarks.workload import dataset_of, draw
 from tests.helpers.rank_processes import forked_python
 from trainer.config.negatives import NegativesConfig
+from trainer.planning.traffic import count_collectives
 
 SMALL = [
     "items=600",
@@ -68,6 +69,7 @@ def test_ranks_send_what_the_formula_says(stage, tmp_path):
     assert {len(answer["seconds"]) for answer in timed} == {2} and timed[0][
         "tokens"
     ] == 40
+    by_part = count_collectives(2, 4, 0)
     for counted in (popular, even):
         assert set(counted["parts"]) >= {
             "ids",
@@ -83,6 +85,8 @@ def test_ranks_send_what_the_formula_says(stage, tmp_path):
                 part["expected"], rel=0.01, abs=32
             ), name
             assert part["calls"] > 0 and part["wire"] is None
+            if name in by_part:
+                assert part["calls"] == by_part[name][1], name
         assert counted["called"] > counted["least"]
     assert popular["distinct"] < even["distinct"]
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import step_model, traffic
-from benchmarks.step_model import Cluster, Load, Point
+from benchmarks.traffic import least
+from trainer.planning import step_model, traffic
+from trainer.planning.step_model import Cluster, Load, Point
 
 KNOWN = {
     "fixed": 0.02,
@@ -118,6 +119,5 @@ def test_zero_stages_send_the_dense_weights_once_more():
 
 def test_the_least_is_distinct_rows_there_and_back_and_the_dense_reduction():
     assert (
-        traffic.least(2, 8, weights=100, distinct_foreign=10)
-        == 10 * (4 + 2 * 32) + 400
+        least(2, 8, weights=100, distinct_foreign=10) == 10 * (4 + 2 * 32) + 400
     )
