@@ -70,7 +70,9 @@ class Options(Device, ItemTitles, Verbosity):
         metavar="N",
     )
     hosts: int | None = option(
-        "of --plan: on how many hosts", None, metavar="N"
+        "of --plan: on how many hosts; without it: eight GPUs on each",
+        None,
+        metavar="N",
     )
     gpu: str | None = option(
         "of --plan: A100, H100 or H200; without it: this machine's processor",

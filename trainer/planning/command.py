@@ -6,11 +6,11 @@ import torch
 
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
-from trainer.distributed.launchers import read_world
+from trainer.distributed.launchers import World, read_world
 from trainer.distributed.resources import keep_freed_memory
 from trainer.errors import InputError
 from trainer.planning.machines import Machines, find_device
-from trainer.planning.prediction import make_plan
+from trainer.planning.prediction import RANKS_A_HOST, make_plan
 from trainer.planning.report import print_plan
 
 
@@ -23,7 +23,8 @@ def plan_run(
 ) -> None:
     """Prints what a run of these settings will take. Raises InputError where it cannot be known.
 
-    ranks, hosts: None: as the launcher has started them, whose first process alone prints.
+    ranks, hosts: None: as the launcher has started them, whose first process alone prints. Of other
+    ranks with a gpu, eight are on a host, where that divides them.
     """
     world = read_world()
     if world.rank > 0:
@@ -31,9 +32,7 @@ def plan_run(
     if ranks is None:
         ranks = world.size
     if hosts is None:
-        hosts = 1
-        if ranks == world.size and world.local_size:
-            hosts = world.size // world.local_size
+        hosts = _count_hosts(world, ranks, gpu)
     if not config.data:
         raise InputError(
             "data=DIR is missing: --plan needs the prepared dataset, whose lengths and items decide "
@@ -51,3 +50,12 @@ def plan_run(
     import trainer.training.loop  # noqa: F401
 
     print_plan(make_plan(config, dataset, machines), config, dataset)
+
+
+def _count_hosts(world: World, ranks: int, gpu: str | None) -> int:
+    """On how many hosts the ranks are, where nothing says so."""
+    if ranks == world.size and world.local_size:
+        return world.size // world.local_size
+    if gpu and ranks % RANKS_A_HOST == 0:
+        return ranks // RANKS_A_HOST
+    return 1

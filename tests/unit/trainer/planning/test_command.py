@@ -14,8 +14,10 @@ from tests.unit.trainer.planning.test_memory import (  # noqa: F401
     dataset,
 )
 from trainer.config import load_config
+from trainer.distributed.launchers import World
 from trainer.errors import InputError
 from trainer.planning.batch_load import measure_load
+from trainer.planning.command import _count_hosts
 from trainer.planning.machines import DEVICES, Machines, find_device
 from trainer.planning.prediction import RANKS, make_plan, predict_seconds
 from trainer.planning.traffic import expected
@@ -50,6 +52,19 @@ def test_a_plan_says_memory_network_time_and_what_it_assumes(plan):
         "never measured",
     ):
         assert words in shown, words
+
+
+@pytest.mark.parametrize(
+    ("world", "ranks", "gpu", "hosts"),
+    [
+        (World(0, 16, 0, 8, "host0", 1), 16, None, 2),
+        (World(0, 1, 0, 1, "host0", 1), 64, "H100", 8),
+        (World(0, 1, 0, 1, "host0", 1), 12, "H100", 1),
+        (World(0, 1, 0, 1, "host0", 1), 16, None, 1),
+    ],
+)
+def test_where_nothing_says_how_many_hosts(world, ranks, gpu, hosts):
+    assert _count_hosts(world, ranks, gpu) == hosts
 
 
 def test_a_plan_of_one_rank_sends_nothing(plan):
