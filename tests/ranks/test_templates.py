@@ -162,6 +162,7 @@ def start(container, environment, log):
         )
 
 
+@pytest.mark.slow
 def test_an_indexed_job_that_is_drained_goes_on(
     dataset, undisturbed, python, tmp_path
 ):

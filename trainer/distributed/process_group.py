@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -346,14 +347,50 @@ def _open_store(world: World, timeout: timedelta) -> dist.Store:
         store = _serve_store(world, timeout)
     else:
         store = _reach_store(world, timeout)
-    joined_as_this_rank = store.add(f"rank-{world.rank}", 1)
-    if joined_as_this_rank > 1:
-        raise InputError(
-            f"rank {world.rank} is taken at {world.address}:{world.port}: another run's ranks "
-            f"meet there, or RANK was given twice; {_OTHER_PORT}",
-            one_rank=True,
-        )
+    key = f"rank-{world.rank}"
+    if store.add(key, 1) > 1:
+        _refuse_taken_rank(store, f"{key}-process", world)
+    store.set(f"{key}-process", _describe_process())
     return store
+
+
+def _refuse_taken_rank(store: dist.Store, key: str, world: World) -> NoReturn:
+    """Says why this process cannot be the rank that another one is already.
+
+    Raises LostRanks where that one was on this host and has ended: a scheduler has replaced it while
+    the others wait for all to come, and has to do so with them. Raises InputError otherwise.
+    """
+    here = socket.gethostname()
+    if store.check([key]):
+        host, number, started = json.loads(store.get(key))
+        if host == here and _read_start(number) != started:
+            raise LostRanks(
+                f"rank {world.rank} on {here} comes in the place of a process that has ended while "
+                "the others wait for it: all have to begin anew",
+                one_rank=True,
+            )
+    raise InputError(
+        f"rank {world.rank} is taken at {world.address}:{world.port}: another run's ranks "
+        f"meet there, or RANK was given twice; {_OTHER_PORT}",
+        one_rank=True,
+    )
+
+
+def _describe_process() -> str:
+    """This process, for its host to tell later whether it has ended: ["host1", 4711, 123456]."""
+    number = os.getpid()
+    return json.dumps([socket.gethostname(), number, _read_start(number)])
+
+
+def _read_start(process: int) -> int | None:
+    """When a process of this host was started, in the kernel's ticks; None where it has ended."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    # 7 (a name) S 1 …: what follows the name begins with the third field; the start is the 22nd.
+    _, _, rest = text.rpartition(")")
+    return int(rest.split()[19])
 
 
 def _reach_store(world: World, timeout: timedelta) -> dist.TCPStore:

@@ -14,7 +14,7 @@ def reset_peak() -> int:
     if trim is not None:
         trim(0)  # what earlier work left free would be taken again unseen
     try:
-        _CLEAR.write_text(_CLEAR_PEAK)
+        _CLEAR.write_text(_CLEAR_PEAK, encoding="ascii")
     except OSError:
         return 0
     return resident_bytes()
@@ -33,7 +33,7 @@ def resident_bytes() -> int:
 def _read(name: str) -> int:
     """A line of the process's status, `VmRSS:  12345 kB`, in bytes; 0 where there is none."""
     try:
-        lines = _STATUS.read_text().splitlines()
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     for line in lines:

@@ -1,6 +1,9 @@
 """What a backend raises where other ranks are gone, and the device that a process takes."""
 
+import json
 import os
+import socket
+import subprocess
 from datetime import timedelta
 
 import deepspeed
@@ -10,6 +13,7 @@ import torch.distributed as dist
 
 from tests.ranks.conftest import free_port
 from trainer.distributed import process_group
+from trainer.distributed.launchers import World
 from trainer.distributed.process_group import (
     choose_device,
     record_collectives,
@@ -220,3 +224,29 @@ def test_the_flight_recorder_leaves_what_is_set_already(tmp_path, monkeypatch):
     record_collectives(tmp_path / "nccl")
     values = [os.environ[name] for name in names]
     assert values == ["7", "1", f"{tmp_path}/nccl/rank-"]
+
+
+@pytest.mark.ranks
+def test_who_replaces_a_rank_that_has_ended_asks_all_to_begin_anew(monkeypatch):
+    """A pod that is replaced while the others wait: no mistake of whoever started it."""
+    store = dist.HashStore()
+    monkeypatch.setattr(process_group, "_reach_store", lambda *_: store)
+    world = World(1, 2, 0, 1, "127.0.0.1", 1)
+    patience = timedelta(seconds=5)
+    process_group._open_store(world, patience)
+    with pytest.raises(InputError, match="rank 1 is taken at 127"):
+        process_group._open_store(world, patience)
+    with subprocess.Popen(["sleep", "600"]) as before:
+        started = process_group._read_start(before.pid)
+        assert started is not None
+        own = json.dumps([socket.gethostname(), before.pid, started])
+        store.set("rank-1-process", own)
+        with pytest.raises(InputError, match="rank 1 is taken at 127"):
+            process_group._open_store(world, patience)
+        before.kill()
+    with pytest.raises(LostRanks, match="all have to begin anew"):
+        process_group._open_store(world, patience)
+    elsewhere = json.dumps(["another host", before.pid, started])
+    store.set("rank-1-process", elsewhere)
+    with pytest.raises(InputError, match="rank 1 is taken at 127"):
+        process_group._open_store(world, patience)
