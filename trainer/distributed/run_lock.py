@@ -9,7 +9,6 @@ has no locks, a line on stderr says so and the run goes on.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ from typing import Any, TextIO
 from trainer.distributed.agreement import run_on_first_rank
 from trainer.errors import InputError
 from trainer.files.close_on_fork import open_unshared
+from trainer.files.lock import try_lock
 from trainer.run_files import LOCK
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -108,13 +108,9 @@ def _take_lock(run: Path) -> TextIO | None:
     path = run / LOCK
     lock = open_unshared(open, path, "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        opened = os.fstat(lock.fileno())
-        if opened.st_ino != path.stat().st_ino:
-            raise FileNotFoundError  # the owner has just taken it away
-    except (BlockingIOError, FileNotFoundError):
-        lock.close()
-        return None
+        if not try_lock(lock.fileno(), path):
+            lock.close()
+            return None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             lock.close()

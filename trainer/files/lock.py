@@ -37,16 +37,26 @@ def take_lock(file: Path) -> TextIO | None:
     """
     lock = open(file, "w", encoding="utf-8")  # noqa: SIM115 (held until the end)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock.fileno()).st_ino != file.stat().st_ino:
-            raise FileNotFoundError
-    except (BlockingIOError, FileNotFoundError):
-        lock.close()
-        return None
+        is_ours = try_lock(lock.fileno(), file)
     except OSError:
         lock.close()
         raise
-    return lock
+    if is_ours:
+        return lock
+    lock.close()
+    return None
+
+
+def try_lock(handle: int, path: Path) -> bool:
+    """Locks an open file or folder; False where another process has it, or has just replaced it.
+
+    Raises OSError where the file system has no locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(handle).st_ino == path.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 @contextlib.contextmanager
@@ -62,14 +72,8 @@ def lock_folder(folder: Path) -> Iterator[bool]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         is_ours = True
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have replaced the folder between both calls.
-            is_ours = os.fstat(handle).st_ino == folder.stat().st_ino
-        except BlockingIOError:
-            is_ours = False
-        except OSError:  # no locks here
-            pass
+        with contextlib.suppress(OSError):  # no locks here
+            is_ours = try_lock(handle, folder)
         yield is_ours
     finally:
         os.close(handle)
