@@ -48,16 +48,7 @@ class BatchLoad:
 
 def measure_load(config: RunConfig, dataset: Dataset, ranks: int) -> BatchLoad:
     """What a step of a run on so many ranks brings. Raises InputError as the schedule does."""
-    plan = BatchSchedule(
-        dataset,
-        config.global_batch_size,
-        ranks,
-        config.seed,
-        config.stream.shuffle,
-        max_length=config.model.max_length,
-        tokens_per_batch=config.tokens_per_batch,
-        balance=config.stream.balance,
-    )
+    plan = BatchSchedule.of_run(config, dataset, ranks)
     steps = plan.steps(0)
     # An epoch's last batch may be a small one.
     last = max(1, steps - 1)

@@ -163,7 +163,7 @@ def _begin(
     if config.split.kind == Timeline.name:
         _say(config, ranks, "reads when all events were, to split them by time")
     dataset = split_dataset(dataset, config, ranks)
-    plan = _build_plan(config, dataset, ranks)
+    plan = BatchSchedule.of_run(config, dataset, ranks.world_size)
     run = Path(config.run)
     is_new = run_on_first_rank(
         lambda: is_empty(check_run_folder(config.run, fresh)), ranks.first
@@ -256,22 +256,6 @@ def _load_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
     check_contents = ranks.local_rank == 0
     return Dataset.load(
         config.data, check_shards, config.stream, check_contents
-    )
-
-
-def _build_plan(
-    config: RunConfig, dataset: Dataset, ranks: Ranks
-) -> BatchSchedule:
-    """Plans the batches of all epochs and ranks."""
-    return BatchSchedule(
-        dataset,
-        config.global_batch_size,
-        ranks.world_size,
-        config.seed,
-        config.stream.shuffle,
-        max_length=config.model.max_length,
-        tokens_per_batch=config.tokens_per_batch,
-        balance=config.stream.balance,
     )
 
 

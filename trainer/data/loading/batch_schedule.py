@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.data.loading.epoch_order import (
     BlockShuffle,
@@ -98,6 +99,22 @@ class BatchSchedule:
         self._chunks: dict[tuple[int, int], np.ndarray] = {}
         self._home_shards: dict[tuple[int, int], frozenset[int]] = {}
         self._block_shuffle: BlockShuffle | None = None
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, dataset: Dataset, world_size: int
+    ) -> "BatchSchedule":
+        """The schedule of a training on so many ranks."""
+        return cls(
+            dataset,
+            config.global_batch_size,
+            world_size,
+            config.seed,
+            config.stream.shuffle,
+            max_length=config.model.max_length,
+            tokens_per_batch=config.tokens_per_batch,
+            balance=config.stream.balance,
+        )
 
     def steps(self, epoch: int) -> int:
         """Batches of the epoch: the same on every rank.
