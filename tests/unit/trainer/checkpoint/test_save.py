@@ -28,7 +28,6 @@ from tests.helpers.runs import (
     best_of,
     edit_json,
     everything,
-    rank_of_one,
     same,
     seal,
     train,
@@ -145,12 +144,6 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_the_checkpoint_before(
         assert state["step"] == 2 and said == []
         reasons.add("serializing" in error)
     assert reasons == {True, False}  # met by safetensors, and by Python
-
-
-@pytest.fixture(scope="module")
-def group():
-    with rank_of_one() as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import trainer.checkpoint.save
 import trainer.reporting.run_report
 import trainer.training.callbacks
 import trainer.training.loop
-from tests.helpers.runs import SmallRun, rank_of_one, seal
+from tests.helpers.runs import SmallRun, seal
 from trainer.checkpoint.layout import RunState, list_checkpoints, read_state
 from trainer.checkpoint.save import Checkpoints
 from trainer.errors import InputError, RunStopped
@@ -32,12 +32,6 @@ SETTINGS = [
     "checkpoint.every_minutes=0",
     "checkpoint.every_epochs=0",
 ]
-
-
-@pytest.fixture(scope="module")
-def group():
-    with rank_of_one() as ranks:
-        yield ranks
 
 
 @pytest.fixture(autouse=True)

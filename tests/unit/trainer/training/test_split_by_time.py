@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers.made import draw_histories, draw_ticks, write_dataset
-from tests.helpers.runs import SETTINGS, rank_of_one
+from tests.helpers.runs import SETTINGS
 from trainer.checkpoint.layout import list_checkpoints
 from trainer.config.load import load_config
 from trainer.config.retraining import PublishConfig
@@ -26,12 +26,6 @@ FIRST = 1e9
 
 
 pytestmark = pytest.mark.usefixtures("without_report")
-
-
-@pytest.fixture(scope="module")
-def group():
-    with rank_of_one() as ranks:
-        yield ranks
 
 
 def dated(dataset):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.runs import SmallRun, rank_of_one
+from tests.helpers.runs import SmallRun
 from trainer.errors import InputError
 from trainer.reporting.trace.page import write_trace
 from trainer.reporting.trace.phases import PHASES
@@ -22,12 +22,6 @@ SETTINGS = [
     "checkpoint.every_epochs=0",
     "epochs=2",
 ]
-
-
-@pytest.fixture(scope="module")
-def group():
-    with rank_of_one() as ranks:
-        yield ranks
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.runs import SmallRun, rank_of_one
+from tests.helpers.runs import SmallRun
 from tests.unit.trainer.reporting.trackers.test_thread import Recorded
 from trainer.errors import InputError, RunStopped
 from trainer.reporting.run_log import read_records
@@ -18,12 +18,6 @@ SETTINGS = [
     "checkpoint.every_epochs=0",
     "epochs=1",
 ]
-
-
-@pytest.fixture(scope="module")
-def group():
-    with rank_of_one() as ranks:
-        yield ranks
 
 
 @pytest.fixture
