@@ -144,15 +144,16 @@ def test_same_run(outcomes, steps, ranks, stage):
         *(pytest.param(2, stage, marks=pytest.mark.slow) for stage in "123"),
     ],
 )
-def test_accumulation_over_four_is_one_batch(outcomes, ranks, stage):
-    """To 1e-6. λ follows the difference of two sums of losses: 1.3e-6 seen, in float32.
+def test_accumulation_over_four_is_one_batch(outcomes, steps, ranks, stage):
+    """To 1e-6; over more steps λ, which follows a small difference of losses, drifts apart.
 
     tests/unit/syncrec/test_model.py holds losses, λ and gradients to 1e-9, in float64.
     """
     whole, cut = outcomes(ranks, stage), outcomes(ranks, f"{stage}x4")
     np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-6)
     np.testing.assert_allclose(cut.norms, whole.norms, rtol=1e-6)
-    np.testing.assert_allclose(cut.lambdas, whole.lambdas, rtol=3e-6)
+    drift = 1e-6 if steps == FEW else 3e-6
+    np.testing.assert_allclose(cut.lambdas, whole.lambdas, rtol=drift)
     assert np.linalg.norm(cut.table - whole.table) <= 1e-6 * np.linalg.norm(
         whole.table
     )
