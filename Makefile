@@ -33,12 +33,17 @@ bench: .venv/.ready
 		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done
 	$(VENV)/python benchmarks/tables.py
 
-# RecBole for benchmarks/recbole_peer.py, in an environment of its own.
-peers: .venv-peers/.ready
+# RecBole and RecTools, which are compared with, each in an environment of its own.
+peers: .venv-peers/.ready .venv-rectools/.ready
 .venv-peers/.ready: benchmarks/peers.txt launch/stack.py
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python launch/stack.py torch
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	touch $@
+.venv-rectools/.ready: benchmarks/rectools.txt launch/stack.py
+	test -x .venv-rectools/bin/python || $(PYTHON) -m venv .venv-rectools
+	.venv-rectools/bin/python launch/stack.py torch
+	.venv-rectools/bin/pip install --quiet --disable-pip-version-check -r benchmarks/rectools.txt
 	touch $@
 
 # How the code is written, in figures (tests/style.py).

@@ -220,7 +220,7 @@ def test_models_share_what_was_handed_over(bridge, monkeypatch):
     given = bridge.folder / "given"
     bridge(given=given)
     monkeypatch.setattr(
-        "trainer.study.peers.recbole_bridge.export_dataset", None
+        "trainer.study.peers.bridge.export_dataset", None
     )
     bridge.run = bridge.folder / "other"
     bridge("STAMP", given=given)
