@@ -26,6 +26,7 @@ from trainer.study.peers.bridge import (
 
 __all__ = (
     "RANKS",
+    "RECBOLE",
     "RESULT",
     "default_python",
     "recbole_models",
@@ -118,9 +119,8 @@ def run_recbole(
         "negatives": negatives,
         "min_users": min_users,
     }
-    peer = Peer("RecBole", PEERS / "recbole_peer.py", _MAKE, _spell)
     return run_peer(
-        peer,
+        RECBOLE,
         dataset,
         folder,
         python,
@@ -150,3 +150,6 @@ def _spell(python: str | Path, model: str) -> str:
             f"RecBole's {name} cannot be compared here: {models[name]}"
         )
     return name
+
+
+RECBOLE = Peer("RecBole", PEERS / "recbole_peer.py", _MAKE, _spell)
