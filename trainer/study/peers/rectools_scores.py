@@ -44,6 +44,10 @@ class Scores(PeerScores):
         known = preparator.get_known_item_ids().astype(np.int64)
         numbers = preparator.get_known_items_sorted_internal_ids()
         self._item_number[known] = numbers
+        # The known items of all histories, and how many come before each place of `items_N`.
+        number_N = self._item_number[handed.items_N]
+        self._known = number_N[number_N > 0]
+        self._known_before = np.append(0, np.cumsum(number_N > 0))
 
     def keep_best(self) -> None:
         """Copies the weights."""
@@ -84,9 +88,11 @@ class Scores(PeerScores):
 
     def _histories(self, users: np.ndarray, back: np.ndarray) -> np.ndarray:
         """RecTools' numbers of histories, int64 (B, T), on the right, and 0 before them."""
-        items_BT, lengths_B = self.handed.padded(users, back, self._longest)
-        is_item_BT = np.arange(self._longest) < lengths_B[:, None]
-        number_BT = np.where(is_item_BT, self._item_number[items_BT], 0)
-        # What is no item comes first, and the items in their order behind it.
-        order_BT = np.argsort(number_BT > 0, axis=1, kind="stable")
-        return np.take_along_axis(number_BT, order_BT, 1)
+        first_B = self.handed.starts_U[users]
+        seen_B = self.handed.lengths_U[users] - back
+        end_B = self._known_before[first_B + seen_B]
+        begin_B = self._known_before[first_B]
+        step_T = np.arange(self._longest) - self._longest
+        place_BT = end_B[:, None] + step_T
+        is_item_BT = place_BT >= begin_B[:, None]
+        return np.where(is_item_BT, self._known[np.maximum(place_BT, 0)], 0)
