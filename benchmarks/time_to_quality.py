@@ -15,6 +15,8 @@ RecBole train by their own trainers and loaders, in environments of their own
   By leave-one-out and by the timeline each trains on the same interactions.
 - wall: seconds from the start of the process: imports, reading, training, and all validations so
   far. training: the training alone, without start-up and without any validation.
+- CPU: seconds that the cores computed from the start of the process, for it and its loader
+  processes. On a machine that others load, it is the clock to compare by.
 - test: of the model of the epoch with the best validation.
 - interactions/s: interactions that an epoch predicts, each counted once, by its seconds of training.
 - memory: the peak of the process that trains, without loader processes.
@@ -22,6 +24,7 @@ RecBole train by their own trainers and loaders, in environments of their own
 
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +36,7 @@ import numpy as np
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import suite
+from benchmarks import machine, suite
 from benchmarks.chart import Curves, svg
 from benchmarks.recbole_peer import ROOT, output
 from trainer import Run
@@ -57,6 +60,7 @@ from trainer.study.peers.rectools_bridge import RECTOOLS
 NAME = "time_to_quality"
 SHARE = 0.95  # of a best NDCG@10, which a system is timed to
 OURS = ("SASRec", "SyNCRec")
+CLOCKS = ("wall", "training", "cpu")
 PEERS: dict[str, Peer] = {
     "RecTools SASRec": RECTOOLS,
     "RecTools eSASRec": RECTOOLS,
@@ -64,6 +68,7 @@ PEERS: dict[str, Peer] = {
 }
 _TITLES = {"leave_one_out": "leave-one-out", "timeline": "timeline"}
 _EPOCHS = 300  # of a peer, at most
+_LOOKS = 0.5  # seconds between two looks at the processes
 
 Result = dict[
     str, Any
@@ -215,9 +220,16 @@ class Work:
                 "cores": len(os.sched_getaffinity(0)),
                 "load_before": os.getloadavg()[0],
             }
-            if system in OURS:
-                return before | self._train(folder, split, task)
-            return before | self._train_peer(folder, split, system, task)
+            with CpuClock() as clock:
+                if system in OURS:
+                    found = self._train(folder, split, task)
+                else:
+                    found = self._train_peer(folder, split, system, task)
+            started = found.pop("started")
+            for point in found["curve"]:
+                moment = started + point["wall_seconds"]
+                point["cpu_seconds"] = clock.seconds_at(moment)
+            return before | found
 
         return suite.once(self.folder / f"{name}.json", task, run)
 
@@ -274,6 +286,7 @@ class Work:
         samples = np.minimum(lengths_U, config.model.max_length).sum()
         curve = our_curve(validations, start_up)
         return {
+            "started": begun,
             "arguments": task["arguments"],
             "curve": curve,
             "start_up_seconds": start_up,
@@ -307,6 +320,7 @@ class Work:
         ranks = read_ranks(folder / RANKS)
         curve = peer_curve(found)
         return {
+            "started": found["began"] - found["start_up_seconds"],
             "options": task["options"],
             "curve": curve,
             "start_up_seconds": found["start_up_seconds"],
@@ -335,6 +349,36 @@ class Work:
             # What describes the group is not for the systems that are started.
             os.environ.clear()
             os.environ.update(environment)
+
+
+class CpuClock:
+    """What the processes that are started meanwhile have computed, by the time of day."""
+
+    def __init__(self) -> None:
+        self._moments: list[float] = []
+        self._seconds: list[float] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "CpuClock":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            self._moments.append(time.time())
+            self._seconds.append(machine.cpu_seconds_of_children())
+            self._ended.wait(_LOOKS)
+
+    def seconds_at(self, moment: float) -> float:
+        """By a moment, in seconds since 1970."""
+        # What has ended is not seen any more.
+        so_far = np.maximum.accumulate(self._seconds)
+        return float(np.interp(moment, self._moments, so_far))
 
 
 def of_kind(records: list[dict], kind: str) -> list[dict]:
@@ -387,7 +431,7 @@ def best_of(result: Result) -> float:
 
 
 def seconds_to(result: Result, level: float, clock: str) -> float | None:
-    """When a system first reached a level; None: it did not. clock: "wall" or "training"."""
+    """When a system first reached a level; None: it did not. clock: of CLOCKS."""
     for point in result["curve"]:
         if point["validation"] >= level:
             return point[f"{clock}_seconds"]
@@ -437,22 +481,21 @@ def table(record: dict) -> str:
 
 def row(result: Result, peer: Result | None) -> dict[str, str]:
     """A system's line. peer: the best one."""
-    own_level = SHARE * best_of(result)
     cells = {
         "system": result["system"],
         "best NDCG@10": f"{best_of(result):.4f}",
         "test": f"{result['test']:.4f}",
         "best epoch": str(result["best_epoch"] + 1),
         "of": f"{len(result['curve'])} ({result['stopped']})",
-        "s to 95 % of its own, wall": shown(result, own_level, "wall"),
-        "training": shown(result, own_level, "training"),
+        "s to 95 % of its own best: wall, training, CPU": shown(
+            result, SHARE * best_of(result)
+        ),
     }
     if peer is not None:
         level = SHARE * best_of(peer)
         cells |= {
-            "s to 95 % of the best peer's, wall": shown(result, level, "wall"),
-            "training alone": shown(result, level, "training"),
-            "of the best peer's time": share_of_time(result, peer, level),
+            "s to 95 % of the best peer's": shown(result, level),
+            "of the best peer's: wall, CPU": shares(result, peer, level),
         }
     cells |= {
         "interactions/s": f"{result['interactions_per_second']:,.0f}",
@@ -461,19 +504,27 @@ def row(result: Result, peer: Result | None) -> dict[str, str]:
     return cells
 
 
-def shown(result: Result, level: float, clock: str) -> str:
-    """`seconds_to` as a cell."""
-    seconds = seconds_to(result, level, clock)
-    return "not reached" if seconds is None else f"{seconds:,.0f}"
+def shown(result: Result, level: float) -> str:
+    """`seconds_to` by each clock, as a cell."""
+    seconds = []
+    for clock in CLOCKS:
+        reached = seconds_to(result, level, clock)
+        if reached is None:
+            return "not reached"
+        seconds.append(f"{reached:,.0f}")
+    return " / ".join(seconds)
 
 
-def share_of_time(result: Result, peer: Result, level: float) -> str:
-    """A system's wall time to a level by the peer's, which has reached it."""
-    seconds = seconds_to(result, level, "wall")
-    of_peer = seconds_to(peer, level, "wall")
-    if seconds is None or of_peer is None:
-        return ""
-    return f"{seconds / of_peer:.2f}"
+def shares(result: Result, peer: Result, level: float) -> str:
+    """A system's time to a level by the peer's, which has reached it, as a cell."""
+    parts = []
+    for clock in ("wall", "cpu"):
+        seconds = seconds_to(result, level, clock)
+        of_peer = seconds_to(peer, level, clock)
+        if seconds is None or of_peer is None:
+            return ""
+        parts.append(f"{seconds / of_peer:.2f}")
+    return " / ".join(parts)
 
 
 def chart(record: dict) -> str:

@@ -82,8 +82,8 @@ def run_peer(
     Returned, and in result.json: task, model, epochs [{epoch (from 0), seconds (since training
     began), training_seconds (of this epoch), validation}], best_epoch, validation (its mean over
     domains of NDCG@10), stopped (why), seconds (of the training and its validations),
-    start_up_seconds (of the process before), memory_bytes (its peak), users_per_second,
-    samples_per_second (of the training alone), users, too_short, weights, versions, …
+    began (when training did, since 1970), start_up_seconds (of the process before), memory_bytes
+    (its peak), users_per_second, samples_per_second (of the training alone), users, too_short, weights, versions, …
 
     Raises InputError, one line: no environment, an unknown model, a folder that holds another run,
     what the peer refuses, and a training that fails (its last line, and where the rest is).

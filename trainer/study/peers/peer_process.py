@@ -75,6 +75,7 @@ class Epochs:
         self.records: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}  # of `records`
         self._process_seconds = _seconds_of_process()
+        self._began = time.time()
         self._begun = time.perf_counter()
         self._last = self._begun
 
@@ -117,8 +118,8 @@ class Epochs:
     ) -> dict[str, Any]:
         """What is known of the epochs and of the process. samples: of each epoch.
 
-        start_up_seconds: of the process before training began. memory_bytes: its peak. Both None
-        where the system does not say.
+        began: when training did, in seconds since 1970. start_up_seconds: of the process before.
+        memory_bytes: its peak. The last two are None where the system does not say.
         """
         trained = sum(epoch["training_seconds"] for epoch in self.records)
         epochs = len(self.records)
@@ -129,6 +130,7 @@ class Epochs:
             "users_per_second": users * epochs / trained,
             "samples_per_second": samples * epochs / trained,
             "samples_per_epoch": samples,
+            "began": self._began,
             "start_up_seconds": self._process_seconds,
             "memory_bytes": _peak_memory(),
         }
