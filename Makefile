@@ -26,8 +26,9 @@ test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow
 
 # Every benchmark in its short form, over the records of full ones, and the tables of benchmarks/README.md anew.
-# recbole_peer is among them once there is `make peers`.
-BENCHMARKS := train_step parts precision scaling checkpoint prepare stream balance ranking serving $(if $(wildcard .venv-peers/.ready),recbole_peer)
+# recbole_peer and time_to_quality are among them once there is `make peers`.
+BENCHMARKS := train_step parts precision scaling checkpoint prepare stream balance ranking serving $(if $(wildcard .venv-peers/.ready),recbole_peer) \
+	$(if $(and $(wildcard .venv-peers/.ready),$(wildcard .venv-rectools/.ready)),time_to_quality)
 bench: .venv/.ready
 	set -e; for name in $(BENCHMARKS); do \
 		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done
