@@ -1,7 +1,7 @@
 """How long does each system take to be as good as it gets, on the same cores, on the same lists?
 
     make peers                                      RecBole's and RecTools' environments
-    python benchmarks/time_to_quality.py            its logs lie beside the project; an hour or two
+    python benchmarks/time_to_quality.py            its logs lie beside the project; seven hours
     python benchmarks/time_to_quality.py folder=KEPT systems=[SASRec]   KEPT holds what a later call goes on with
     taskset -c 0 python benchmarks/time_to_quality.py …                 on one core
     python benchmarks/time_to_quality.py --short    a small synthetic log: does it run?

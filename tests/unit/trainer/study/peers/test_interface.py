@@ -24,6 +24,7 @@ from trainer.evaluation.metrics import (
     positions_among_all,
 )
 from trainer.evaluation.sampled import RankingBatches
+from trainer.study.peers import dataset_export
 from trainer.study.peers.dataset_export import LOG, export_dataset, write_log
 from trainer.study.peers.interface import SPLITS, PeerDataset
 
@@ -159,7 +160,10 @@ def timeline(dataset):
 @pytest.fixture(scope="module")
 def handed_by_time(timeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given by time")
-    write_log(export_dataset(timeline, folder, seed=3, negatives=4))
+    with pytest.MonkeyPatch.context() as patch:
+        # As a dataset that is not read at once.
+        patch.setattr(dataset_export, "_AT_ONCE", 7)
+        write_log(export_dataset(timeline, folder, seed=3, negatives=4))
     return PeerDataset(folder)
 
 
