@@ -121,7 +121,7 @@ def _export_dataset(
     task: Task,
 ) -> PeerDataset:
     """Writes what peers read, all of it or nothing."""
-    made_from = {}
+    made_from: dict[str, Any] = {}
     for name in ("dataset", "evaluation_seed", "negatives", "split"):
         if name in task:
             made_from[name] = task[name]
