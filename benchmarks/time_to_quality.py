@@ -23,6 +23,7 @@ RecBole train by their own trainers and loaders, in environments of their own
 """
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -220,6 +221,8 @@ class Work:
                 "cores": len(os.sched_getaffinity(0)),
                 "load_before": os.getloadavg()[0],
             }
+            # What was begun and not finished has no time of its own.
+            shutil.rmtree(folder, ignore_errors=True)
             with CpuClock() as clock:
                 if system in OURS:
                     found = self._train(folder, split, task)
