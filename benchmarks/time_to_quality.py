@@ -50,11 +50,12 @@ from trainer.data.prepare.pipeline import prepare
 from trainer.data.synthetic import synthesize_logs
 from trainer.distributed.process_group import join_process_group
 from trainer.errors import exit_on_input_error
-from trainer.evaluation.metrics import mean_ndcg
+from trainer.evaluation.metrics import domains_of_mean, mean_ndcg
 from trainer.evaluation.user_ranks import read_ranks
 from trainer.reporting.run_log import read_records
 from trainer.run_files import CONFIG, HEADLINE, METRICS_FILE
 from trainer.study.peers.bridge import RANKS, Peer, run_peer
+from trainer.study.peers.interface import PeerDataset
 from trainer.study.peers.recbole_bridge import RECBOLE
 from trainer.study.peers.rectools_bridge import RECTOOLS
 
@@ -312,15 +313,18 @@ class Work:
         task: dict[str, Any],
     ) -> Result:
         """Trains a peer on what it is handed."""
+        given = self.folder / f"given-{split}"
         found = run_peer(
             PEERS[system],
             self._split_dataset(split),
             folder,
             ROOT / peer_python(self.settings, system),
             task,
-            given=self.folder / f"given-{split}",
+            given=given,
         )
-        ranks = read_ranks(folder / RANKS)
+        test = mean_of_test(
+            PeerDataset(given), read_ranks(folder / RANKS), task["min_users"]
+        )
         curve = peer_curve(found)
         return {
             "started": found["began"] - found["start_up_seconds"],
@@ -328,9 +332,7 @@ class Work:
             "curve": curve,
             "start_up_seconds": found["start_up_seconds"],
             "best_epoch": found["best_epoch"],
-            "test": mean_ndcg(
-                ranks["sampled"], ranks["domain"], least=task["min_users"]
-            ),
+            "test": test,
             "stopped": found["stopped"],
             "interactions_per_epoch": found["samples_per_epoch"],
             "interactions_per_second": rate(found["samples_per_epoch"], curve),
@@ -421,6 +423,23 @@ def peer_curve(found: dict) -> list[dict]:
             }
         )
     return curve
+
+
+def mean_of_test(
+    handed: PeerDataset, ranks: dict[str, np.ndarray], min_users: int
+) -> float:
+    """The test's NDCG@10 of a peer, over the domains that count in the validation, as of ours.
+
+    ranks: columns of test targets (trainer/evaluation/user_ranks.py).
+    """
+    rows_TC = handed.load("candidates-validation")
+    numbers, counts = np.unique(
+        handed.domain_of(rows_TC[:, 0]), return_counts=True
+    )
+    users = dict(zip(map(str, numbers), counts.tolist(), strict=True))
+    counted = list(map(int, domains_of_mean(users, min_users)))
+    is_counted = np.isin(ranks["domain"], counted)
+    return mean_ndcg(ranks["sampled"][is_counted], ranks["domain"][is_counted])
 
 
 def rate(interactions: int, curve: list[dict]) -> float:

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from benchmarks import suite, time_to_quality
@@ -174,6 +176,21 @@ def test_arguments_of_ours_are_the_presets_and_the_splits(tmp_path):
         50,
         4,
     )
+
+
+def test_the_domains_of_a_peers_test_are_those_of_the_validation():
+    handed = SimpleNamespace(
+        load={"candidates-validation": np.array([[0], [1], [2], [8]])}.get,
+        domain_of=lambda rows: rows // 8,
+    )
+    ranks = {
+        "sampled": np.array([1, 3, 1, 1]),
+        "domain": np.array([0, 0, 1, 1]),
+    }
+    mean = time_to_quality.mean_of_test(handed, ranks, 3)
+    assert mean == pytest.approx((1 + 0.5) / 2)
+    mean = time_to_quality.mean_of_test(handed, ranks, 1)
+    assert mean == pytest.approx((0.75 + 1) / 2)
 
 
 @pytest.mark.ranks
