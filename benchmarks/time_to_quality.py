@@ -492,8 +492,9 @@ def table(record: dict) -> str:
         heading = f"{log}, {_TITLES[split]}"
         loads = [result["load_before"] for result in group]
         cores = sorted({result["cores"] for result in group})
+        noun = "core" if cores == [1] else "cores"
         heading += (
-            f" ({' or '.join(map(str, cores))} cores; load before a system was started "
+            f" ({' or '.join(map(str, cores))} {noun}; load before a system was started "
             f"{min(loads):.1f} to {max(loads):.1f}):"
         )
         rows = [row(result, peer) for result in group]
