@@ -26,19 +26,25 @@ test-slow: .venv/.ready
 	$(VENV)/python -m pytest -m slow
 
 # Every benchmark in its short form, over the records of full ones, and the tables of benchmarks/README.md anew.
-# recbole_peer is among them once there is `make peers`.
-BENCHMARKS := train_step parts precision scaling checkpoint prepare stream balance ranking serving $(if $(wildcard .venv-peers/.ready),recbole_peer)
+# recbole_peer and time_to_quality are among them once there is `make peers`.
+BENCHMARKS := train_step parts precision scaling checkpoint prepare stream balance ranking serving $(if $(wildcard .venv-peers/.ready),recbole_peer) \
+	$(if $(and $(wildcard .venv-peers/.ready),$(wildcard .venv-rectools/.ready)),time_to_quality)
 bench: .venv/.ready
 	set -e; for name in $(BENCHMARKS); do \
 		$(VENV)/python benchmarks/$$name.py --short --json benchmarks/results/$$name.json; done
 	$(VENV)/python benchmarks/tables.py
 
-# RecBole for benchmarks/recbole_peer.py, in an environment of its own.
-peers: .venv-peers/.ready
+# RecBole and RecTools, which are compared with, each in an environment of its own.
+peers: .venv-peers/.ready .venv-rectools/.ready
 .venv-peers/.ready: benchmarks/peers.txt launch/stack.py
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python launch/stack.py torch
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	touch $@
+.venv-rectools/.ready: benchmarks/rectools.txt launch/stack.py
+	test -x .venv-rectools/bin/python || $(PYTHON) -m venv .venv-rectools
+	.venv-rectools/bin/python launch/stack.py torch
+	.venv-rectools/bin/pip install --quiet --disable-pip-version-check -r benchmarks/rectools.txt
 	touch $@
 
 # How the code is written, in figures (tests/style.py).

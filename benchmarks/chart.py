@@ -1,4 +1,4 @@
-"""Line charts and stacked bars as SVG, for README.md: text, no library, no script, readable on
+"""Line charts, curves and stacked bars as SVG, for README.md: text, no library, no script, readable on
 any background.
 """
 
@@ -42,12 +42,29 @@ class Panel:
     top: float | None = None
 
 
-def svg(panels: list[Panel]) -> str:
+@dataclass(frozen=True)
+class Curves:
+    """A picture of points that lie anywhere. points: {series: (x, y), … by rising x}; x above 0,
+    on a logarithmic axis.
+
+    marks: levels that are drawn across, {name: y}. The axis of y begins and ends near the values.
+    """
+
+    title: str
+    points: dict[str, list[tuple[float, float]]]
+    x_title: str
+    y_title: str
+    marks: dict[str, float] = field(default_factory=dict)
+
+
+def svg(panels: list[Panel | Curves]) -> str:
     """The panels beside each other."""
-    inner = "\n".join(
-        f'<g transform="translate({i * _WIDTH} 0)">\n{_panel(panel)}\n</g>'
-        for i, panel in enumerate(panels)
-    )
+    parts = []
+    for number, panel in enumerate(panels):
+        drawn = _curves(panel) if isinstance(panel, Curves) else _panel(panel)
+        left = number * _WIDTH
+        parts.append(f'<g transform="translate({left} 0)">\n{drawn}\n</g>')
+    inner = "\n".join(parts)
     width = _WIDTH * len(panels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}" '
@@ -109,6 +126,87 @@ def _panel(panel):
     return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """Where values of curves lie in their picture."""
+
+    least_x: float
+    most_x: float
+    least_y: float
+    most_y: float
+
+    def x(self, value: float) -> float:
+        whole = math.log(self.most_x / self.least_x)
+        share = math.log(value / self.least_x) / whole
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.least_y) / (self.most_y - self.least_y)
+        return _TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _curves(panel):
+    points = [point for series in panel.points.values() for point in series]
+    x_values = [x for x, _ in points]
+    y_values = [y for _, y in points] + list(panel.marks.values())
+    step = _tick(max(max(y_values) - min(y_values), 0.01))
+    scale = _Scale(
+        least_x=min(x_values) / 1.1,
+        most_x=max(x_values) * 1.1,
+        least_y=step * math.floor(min(y_values) / step),
+        most_y=step * math.ceil(max(y_values) / step),
+    )
+    right = _WIDTH - _RIGHT
+    parts = [
+        _text(_LEFT, 18, panel.title, weight="bold"),
+        _text(_LEFT, _TOP - 4, panel.y_title, size=11),
+    ]
+    for tick in range(round((scale.most_y - scale.least_y) / step) + 1):
+        value = scale.least_y + tick * step
+        level = scale.y(value)
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" '
+            'stroke="#ddd"/>'
+        )
+        parts.append(_text(_LEFT - 6, level + 4, f"{value:.4g}", anchor="end"))
+    below = _HEIGHT - _BOTTOM
+    for value in _log_ticks(scale.least_x, scale.most_x):
+        place = scale.x(value)
+        parts.append(
+            f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{below}" '
+            'stroke="#eee"/>'
+        )
+        parts.append(_text(place, below + 16, f"{value:,g}", anchor="middle"))
+    middle = (_LEFT + right) / 2
+    parts.append(
+        _text(middle, below + 32, panel.x_title, anchor="middle", size=11)
+    )
+    for name, value in panel.marks.items():
+        level = scale.y(value)
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}" '
+            'stroke="#222" stroke-dasharray="2 3"/>'
+        )
+        parts.append(_text(_LEFT + 4, level - 4, name, size=10))
+    for colour, series in zip(_COLOURS, panel.points.values(), strict=False):
+        drawn = [(scale.x(x), scale.y(y)) for x, y in series]
+        parts += _line(drawn, colour, "")
+    parts += _legend(list(panel.points))
+    return "\n".join(parts)
+
+
+def _log_ticks(least, most):
+    """1, 2 and 5 times powers of ten between two values."""
+    ticks = []
+    power = 10.0 ** math.floor(math.log10(least))
+    while power <= most:
+        for factor in (1, 2, 5):
+            if least <= power * factor <= most:
+                ticks.append(power * factor)
+        power *= 10
+    return ticks
+
+
 def _highest(panel):
     if not panel.stacked:
         return max(max(values) for values in panel.values.values())
@@ -151,20 +249,26 @@ def _lines(panel, axes):
             (dashed, ' stroke-dasharray="5 4"'),
         ):
             points = []
-            circles = []
             for number, value in enumerate(drawn):
-                x = axes.x(number)
-                y = axes.y(value)
-                points.append(f"{x:.1f},{y:.1f}")
-                circles.append(
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
-                )
-            parts.append(
-                f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
-                f'stroke-width="2"{dashes}/>'
-            )
-            parts += circles
+                points.append((axes.x(number), axes.y(value)))
+            parts += _line(points, colour, dashes)
     return parts
+
+
+def _line(points, colour, dashes):
+    """A line through points of the picture, and a circle on each."""
+    corners = []
+    circles = []
+    for x, y in points:
+        corners.append(f"{x:.1f},{y:.1f}")
+        circles.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>'
+        )
+    line = (
+        f'<polyline points="{" ".join(corners)}" fill="none" stroke="{colour}" '
+        f'stroke-width="2"{dashes}/>'
+    )
+    return [line, *circles]
 
 
 def _legend(names):

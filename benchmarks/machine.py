@@ -208,6 +208,36 @@ def reset_peak_memory() -> int | None:
         return None
 
 
+def cpu_seconds_of_children() -> float:
+    """What this process's descendants that run now have computed, those included that they
+    waited for. On all cores.
+    """
+    parent_of = {}
+    seconds_of = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:  # it has ended meanwhile
+            continue
+        # Behind its name, which stands in brackets: its state, its parent, …, its times and those
+        # of its children that have ended.
+        fields = text.rpartition(")")[2].split()
+        process = int(stat.parent.name)
+        parent_of[process] = int(fields[1])
+        seconds_of[process] = sum(map(int, fields[11:15])) / _TICKS
+    total = 0.0
+    for process, seconds in seconds_of.items():
+        above = parent_of.get(process)
+        while above and above != os.getpid():
+            above = parent_of.get(above)
+        if above:
+            total += seconds
+    return total
+
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
 def peak_memory() -> int:
     """The most memory, in bytes, that this process held since `reset_peak_memory`."""
     return _status("VmHWM")

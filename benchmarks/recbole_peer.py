@@ -188,15 +188,7 @@ class Work:
 
     def once(self, name: str, task: Any, function: Callable[[], Any]) -> Any:
         """`function()`, or what it returned in an earlier call with the same task."""
-        file = self.folder / f"{name}.json"
-        if (
-            file.is_file()
-            and (kept := json.loads(file.read_text()))["task"] == task
-        ):
-            return kept["answer"]
-        answer = function()
-        write_json(file, {"task": task, "answer": answer})
-        return answer
+        return suite.once(self.folder / f"{name}.json", task, function)
 
     def peer(self, name: str, task: dict) -> dict:
         """What recbole_sasrec.py finds for a task."""

@@ -161,6 +161,20 @@ def existing(folder: str) -> None:
         raise ValueError(f"folder {folder}: there is no such folder")
 
 
+def once(file: Path, task: Any, function: Callable[[], Any]) -> Any:
+    """`function()`, or what it returned in an earlier call with the same task, which `file` keeps.
+
+    Both are plain values that JSON holds.
+    """
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if kept["task"] == task:
+            return kept["answer"]
+    answer = function()
+    write_json(file, {"task": task, "answer": answer})
+    return answer
+
+
 def device() -> torch.device:
     """What is measured on: the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,7 +204,11 @@ def header(name: str, settings: Any, options: Options) -> dict:
 
 
 def _without_folder(value):
-    """`a=/x/y` becomes `a=y`."""
+    """`a=/x/y` becomes `a=y`, in lists and dictionaries too."""
+    if isinstance(value, list):
+        return [_without_folder(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _without_folder(entry) for key, entry in value.items()}
     if not isinstance(value, str) or os.sep not in value:
         return value
     key, equals, path = value.rpartition("=")

@@ -15,7 +15,8 @@ grow from one step to `log.every`, so that a run of any length has curves.
                  read, see stream.damaged), data_wait (share of the time, 0 to 1), exchange (the same
                  of exchanges with other ranks, waiting for them included; null on CUDA), padding
                  (share of attention's slots), mfu (null without profile.peak_tflops), memory_gb
-    evaluation   kind "validation" or "test", step, epoch, seconds, and the figures that
+    evaluation   kind "validation" or "test", step, epoch, seconds, validation_seconds (what a
+                 validation took, in `seconds`), and the figures that
                  trainer/evaluation/evaluation.py lists
 
 `seconds` is filled in where a record comes without it. A figure that is missing, infinite or not a

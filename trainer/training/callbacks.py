@@ -325,6 +325,7 @@ class Validation(Callback):
         """Ranks the validation split; returns its record."""
         context = self._context
         trainer = context.trainer
+        begun = context.seconds()
         recency = trainer.open_recency(context.watchdog.beat)
         try:
             ranking = evaluate_split(
@@ -351,6 +352,7 @@ class Validation(Callback):
             step=context.state.step,
             epoch=context.current_epoch(),
             seconds=seconds,
+            validation_seconds=seconds - begun,
         )
 
     def _mean_domains(self, ranking: PositionCounts) -> list[str]:

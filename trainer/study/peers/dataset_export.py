@@ -8,10 +8,11 @@ from pyarrow import csv
 
 from trainer.config.evaluation import EvaluationConfig
 from trainer.data.format.dataset import Dataset
-from trainer.data.loading.histories import Histories
-from trainer.data.split import SPLIT_LENGTH
+from trainer.data.loading.histories import Histories, UserHistories
+from trainer.data.split import LEAVE_ONE_OUT, SPLIT_LENGTH, can_be_split
 from trainer.errors import InputError
 from trainer.evaluation.sampled import RankingBatches
+from trainer.evaluation.targets import Targets, find_targets
 from trainer.study.peers.interface import SPLITS, PeerDataset
 
 LOG = "training"  # RecBole's name of the training data
@@ -24,23 +25,28 @@ def export_dataset(
     seed: int = 0,
     negatives: int = 99,
 ) -> PeerDataset:
-    """Writes what `Handed` reads into a folder that is there, and returns it.
+    """Writes what `PeerDataset` reads into a folder that is there, and returns it.
 
-    Users too short to be split are left out. seed: of the candidates (negative sampling), a run's
-    `seed`. negatives: as `evaluation.negatives`.
+    The dataset's split holds (trainer/data/split.py). By leave-one-out, users too short to be split
+    are left out; by the timeline, targets whose item training has not seen, which count in no mean.
+    seed: of the candidates (negative sampling), a run's `seed`. negatives: as
+    `evaluation.negatives`.
 
     Raises InputError where no user can be split.
     """
-    arrays = _collect(dataset, seed, negatives)
+    parts = _collect(dataset, seed, negatives)
+    arrays = {name: np.concatenate(values) for name, values in parts.items()}
     if not len(arrays["users"]):
         raise InputError(
             f"{dataset.place}: no user has the {SPLIT_LENGTH} interactions that are "
             "needed to be split"
         )
+    domains = [(domain.start, domain.items) for domain in dataset.domains]
+    arrays["domains"] = np.array(domains, np.int64)
+    rows_N = np.arange(dataset.num_embeddings)
+    arrays["ranked"] = dataset.is_trained(rows_N)
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
-    domains = [(domain.start, domain.items) for domain in dataset.domains]
-    np.save(folder / "domains.npy", np.array(domains, np.int64))
     return PeerDataset(folder)
 
 
@@ -48,8 +54,8 @@ def _collect(
     dataset: Dataset,
     seed: int,
     negatives: int,
-) -> dict[str, np.ndarray]:
-    """The arrays by the names of their files, but for the domains."""
+) -> dict[str, list[np.ndarray]]:
+    """The arrays by the names of their files, a part for every so many users."""
     config = EvaluationConfig(negatives=negatives)
     longest = 1 + negatives
     candidates = {}
@@ -57,6 +63,7 @@ def _collect(
     parts: dict[str, list[np.ndarray]] = {
         "users": [np.zeros(0, np.int64)],
         "lengths": [np.zeros(0, np.int64)],
+        "training": [np.zeros(0, np.int64)],
         "items": [np.zeros(0, np.int32)],
     }
     for split in SPLITS:
@@ -69,48 +76,74 @@ def _collect(
             split,
             seed=seed,
         )
+        parts[f"targets-{split}"] = [np.zeros((0, 2), np.int64)]
         parts[f"candidates-{split}"] = [np.zeros((0, longest), np.int64)]
     histories = Histories.of_schedule(candidates["test"].plan)
+    exported = 0
     for first in range(0, dataset.users, _AT_ONCE):
         last = min(first + _AT_ONCE, dataset.users)
         users = histories.read(np.arange(first, last))
-        long_B = users.lengths_B >= SPLIT_LENGTH
-        if not long_B.any():
-            continue
-        parts["users"].append(users.number_B[long_B])
-        parts["lengths"].append(users.lengths_B[long_B])
-        long_N = np.repeat(long_B, users.lengths_B)
-        parts["items"].append(users.items_N[long_N])
+        kept_B = _exported_users(dataset, users)
+        training_B = dataset.split.training_lengths(
+            users.lengths_B, users.ticks_N
+        )
+        parts["users"].append(users.number_B[kept_B])
+        parts["lengths"].append(users.lengths_B[kept_B])
+        parts["training"].append(training_B[kept_B])
+        kept_N = np.repeat(kept_B, users.lengths_B)
+        parts["items"].append(users.items_N[kept_N])
+        place_B = exported + np.cumsum(kept_B) - 1
+        exported += int(kept_B.sum())
         for split, batches in candidates.items():
-            built = batches.build(users)
-            rows_BC = _pad(
+            targets = _counted_targets(dataset, split, users)
+            if len(targets) == 0:
+                continue
+            built = batches.build(users, targets)
+            rows_TC = _pad(
                 built.rows_C,
                 built.counts_B,
                 longest,
             )
-            parts[f"candidates-{split}"].append(rows_BC)
+            user_T = place_B[targets.user_T]
+            targets_T2 = np.stack([user_T, targets.place_T], axis=1)
+            parts[f"targets-{split}"].append(targets_T2)
+            parts[f"candidates-{split}"].append(rows_TC)
     histories.close()
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    return parts
+
+
+def _exported_users(dataset: Dataset, users: UserHistories) -> np.ndarray:
+    """Which users a peer is handed, bool (B,): by the timeline all of them."""
+    if dataset.split.name == LEAVE_ONE_OUT.name:
+        return can_be_split(users.lengths_B)
+    return np.ones(len(users.number_B), bool)
+
+
+def _counted_targets(
+    dataset: Dataset, split: str, users: UserHistories
+) -> Targets:
+    """The targets of some users whose item training has seen: by leave-one-out all."""
+    targets = find_targets(dataset, split, users)
+    starts_B = np.cumsum(users.lengths_B) - users.lengths_B
+    event_T = starts_B[targets.user_T] + targets.place_T
+    is_seen_T = dataset.is_trained(users.items_N[event_T])
+    return targets.choose(is_seen_T)
 
 
 def write_log(handed: PeerDataset) -> None:
     """Writes the training part in RecBole's own format, and all items.
 
-    An item that is only ever held out has a vector too, as with us. The held-out two are not in
+    An item that is only ever held out has a vector too, as with us. What is held out is not in
     the log: by its own split, RecBole's sequential models train on the validation item of a user
     who has three interactions. Its times are float32, so the place in the history stands for time.
     """
     folder = handed.folder / LOG
     folder.mkdir(exist_ok=True)
-    user_U = np.arange(len(handed.lengths_U))
-    user_N = np.repeat(user_U, handed.lengths_U)
-    place_N = np.arange(len(user_N)) - handed.starts_U[user_N]
-    held_out = max(SPLITS.values())
-    training_N = place_N < handed.lengths_U[user_N] - held_out
+    user_E, place_E = handed.training_places()
     interactions = {
-        "user_id:token": user_N[training_N],
-        "item_id:token": handed.items_N[training_N],
-        "timestamp:float": place_N[training_N],
+        "user_id:token": user_E,
+        "item_id:token": handed.items_N[place_E],
+        "timestamp:float": place_E - handed.starts_U[user_E],
     }
     rows = [
         np.arange(start, start + items) for start, items in handed.domains_D2

@@ -1,9 +1,10 @@
-"""Scores that a RecBole model gives to items for users, and the ranks that follow.
+"""Scores that a RecBole model gives to items for users (peer_scores.py ranks by them).
 
-Runs in RecBole's environment. Shapes: U users that can be split, B some of them, C candidates, N
-items of a domain, T items of a padded history, E excluded pairs, I RecBole's item numbers.
+Runs in RecBole's environment. Shapes: B targets, C candidates, T items of a padded history, I
+RecBole's item numbers.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,15 @@ from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 from recbole.utils import ModelType
 
-from trainer.evaluation.metrics import (
-    mean_ndcg,
-    padded_candidate_positions,
-    positions_among_all,
-)
-from trainer.study.peers.interface import SPLITS, PeerDataset
+from trainer.study.peers.interface import PeerDataset
+from trainer.study.peers.peer_process import copy_weights
+from trainer.study.peers.peer_scores import PeerScores
 
 # Scores of all items in memory at once: a few models take a vector for each.
 _SCORES = 2**20
 
 
-class Scores:
+class Scores(PeerScores):
     """Scores by a model in its state at a call; rows of M become RecBole's numbers."""
 
     def __init__(
@@ -39,110 +37,52 @@ class Scores:
 
         min_users: as `evaluation.min_users`.
         """
-        self.min_users = min_users
+        super().__init__(handed, min_users)
         self.config = config
         self.dataset = dataset
         self.model = model
-        self.handed = handed
+        self._best_weights: dict[str, torch.Tensor] = {}
+        self._best_others: Any = None  # what RecBole keeps beside the weights
         self._transform = construct_transform(config)
         self._sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         self._pairs_only = (
             False  # whether the model scores pairs of user and item alone
         )
-        self._candidates = {}
-        for split in SPLITS:
-            self._candidates[split] = handed.load(f"candidates-{split}")
         start, items = handed.domains_D2[-1]
         users_by_token = dataset.field2token_id[dataset.uid_field]
         items_by_token = dataset.field2token_id[dataset.iid_field]
         self._user_number = _numbers(users_by_token, len(handed.user_U))
         self._item_number = _numbers(items_by_token, start + items)
 
-    def validation(self) -> float:
-        """The mean over the domains that count of NDCG@10 of the validation items among their candidates."""
-        rows_UC = self._candidates["validation"]
-        positions = []
-        every_user = np.arange(len(rows_UC))
-        for users in self._batches(every_user, rows_UC.shape[1]):
-            rows_BC = rows_UC[users]
-            scores_BC = self._score(
-                users,
-                "validation",
-                np.maximum(rows_BC, 0),
-            )
-            positions.append(
-                padded_candidate_positions(scores_BC, rows_BC >= 0)
-            )
-        domain_U = self.handed.domain_of(rows_UC[:, 0])
-        return mean_ndcg(
-            np.concatenate(positions), domain_U, least=self.min_users
-        )
+    def keep_best(self) -> None:
+        """Copies the weights, and what RecBole keeps beside them."""
+        self._best_weights = copy_weights(self.model)
+        self._best_others = copy.deepcopy(self.model.other_parameter())
 
-    def test(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks of the test items, each int32 (U,): among candidates, and in their whole domains."""
-        handed = self.handed
-        rows_UC = self._candidates["test"]
-        domain_U = handed.domain_of(rows_UC[:, 0])
-        sampled_U = np.zeros(len(rows_UC), np.int32)
-        full_U = np.zeros(len(rows_UC), np.int32)
-        for domain, (start, items) in enumerate(handed.domains_D2):
-            rows_N = np.arange(start, start + items)
-            for users in self._batches(
-                np.flatnonzero(domain_U == domain), items
-            ):
-                scores_BN = self._score(users, "test", rows_N)
-                rows_BC = rows_UC[users]
-                place_BC = np.maximum(rows_BC - start, 0)
-                scores_BC = np.take_along_axis(
-                    scores_BN,
-                    place_BC,
-                    1,
-                )
-                sampled_U[users] = padded_candidate_positions(
-                    scores_BC, rows_BC >= 0
-                )
-                user_E, rows_E = handed.other_items(users, SPLITS["test"])
-                inside_E = (rows_E >= start) & (rows_E < start + items)
-                excluded = (user_E[inside_E], rows_E[inside_E] - start)
-                full_U[users] = positions_among_all(
-                    scores_BN,
-                    place_BC[:, 0],
-                    excluded,
-                )
-        return sampled_U, full_U
+    def restore_best(self) -> None:
+        """Puts the model back to its best epoch, as RecBole's own evaluation does."""
+        self.model.load_state_dict(self._best_weights)
+        self.model.load_other_parameter(self._best_others)
 
-    def _batches(
-        self,
-        users: np.ndarray,
-        rows: int,
-    ) -> list[np.ndarray]:
-        """Some users at a time, so many that their scores fit into memory.
-
-        rows: that are scored for each.
-        """
+    def count_at_once(self, rows: int) -> int:
+        """So many that their scores fit into memory."""
         if self._pairs_only:
-            size = self.config["eval_batch_size"] // rows
-        else:
-            size = _SCORES // self.dataset.item_num
-        size = max(1, size)
-        return np.split(users, range(size, len(users), size))
+            return self.config["eval_batch_size"] // rows
+        return _SCORES // self.dataset.item_num
 
     @torch.no_grad()
-    def _score(
+    def score(
         self,
         users: np.ndarray,
-        split: str,
+        back: np.ndarray,
         rows: np.ndarray,
     ) -> np.ndarray:
-        """Scores, float32 (B, C), of rows (B, C), or of the same rows for all, (C,).
-
-        users: places 0 … U − 1. split: how much of their histories the model sees.
-        """
+        """As PeerScores has it."""
         self.model.eval()
         numbers = self._item_number[rows]
         shape = (len(users), numbers.shape[-1])
         number_BC = torch.from_numpy(np.broadcast_to(numbers, shape).copy())
-        interaction = self._interaction(users, split)
+        interaction = self._interaction(users, back)
         if not self._pairs_only:
             try:
                 scores = self.model.full_sort_predict(interaction)
@@ -171,7 +111,7 @@ class Scores:
     def _interaction(
         self,
         users: np.ndarray,
-        split: str,
+        back: np.ndarray,
     ) -> Interaction:
         """What RecBole's own evaluation gives the model.
 
@@ -186,7 +126,6 @@ class Scores:
         }
         if self._sequential:
             longest = config["MAX_ITEM_LIST_LENGTH"]
-            back = SPLITS[split]
             items_BT, lengths_B = self.handed.padded(
                 users,
                 back,

@@ -4,12 +4,17 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies
 from hypothesis.extra.numpy import arrays
 
-from tests.helpers.made import draw_histories, write_dataset
+from tests.helpers.alone import group_of_one
+from tests.helpers.made import draw_histories, draw_ticks, write_dataset
 from trainer.config.evaluation import EvaluationConfig
+from trainer.config.load import load_config
+from trainer.data.loading.timeline import split_dataset
 from trainer.data.split import SPLIT_LENGTH
+from trainer.distributed.process_group import Ranks
 from trainer.errors import InputError
 from trainer.evaluation.metrics import (
     candidate_positions,
@@ -19,6 +24,7 @@ from trainer.evaluation.metrics import (
     positions_among_all,
 )
 from trainer.evaluation.sampled import RankingBatches
+from trainer.study.peers import dataset_export
 from trainer.study.peers.dataset_export import LOG, export_dataset, write_log
 from trainer.study.peers.interface import SPLITS, PeerDataset
 
@@ -135,6 +141,88 @@ def test_a_dataset_of_users_too_short_to_split_is_refused(tmp_path):
     short = write_dataset(tmp_path / "data", [np.array([0, 1])] * 3)
     with pytest.raises(InputError, match="no user has the 3 interactions"):
         export_dataset(short, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def timeline(dataset):
+    """The dataset, split by time."""
+    given = [
+        "split.kind=timeline",
+        "split.whose=newest",
+        "split.validation=0.3",
+        "split.test=0.3",
+    ]
+    with group_of_one():
+        ranks = Ranks(0, 1, 0, torch.device("cpu"))
+        return split_dataset(dataset, load_config([], given), ranks)
+
+
+@pytest.fixture(scope="module")
+def handed_by_time(timeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given by time")
+    with pytest.MonkeyPatch.context() as patch:
+        # As a dataset that is not read at once.
+        patch.setattr(dataset_export, "_AT_ONCE", 7)
+        write_log(export_dataset(timeline, folder, seed=3, negatives=4))
+    return PeerDataset(folder)
+
+
+def test_by_the_timeline_all_users_are_handed_with_what_came_before_the_cut(
+    timeline, handed_by_time
+):
+    handed = handed_by_time
+    assert handed.user_U.tolist() == list(range(len(HISTORIES)))
+    ticks = draw_ticks(HISTORIES)
+    before = [
+        [int(item) for item, tick in zip(history, of_user, strict=True)
+         if tick < timeline.split.validation_tick]
+        for history, of_user in zip(HISTORIES, ticks, strict=True)
+    ]  # fmt: skip
+    assert handed.training_U.tolist() == [len(items) for items in before]
+    assert 0 in handed.training_U
+    with open(handed.folder / LOG / f"{LOG}.inter", newline="") as file:
+        _, *lines = csv.reader(file, delimiter="\t")
+    assert lines == [
+        [str(user), str(item), str(place)]
+        for user, items in enumerate(before)
+        for place, item in enumerate(items)
+    ]
+    trained = {item for items in before for item in items}
+    assert set(np.flatnonzero(handed.load("ranked")).tolist()) == trained
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_by_the_timeline_targets_and_candidates_are_those_that_count_in_ours(
+    timeline, handed_by_time, split
+):
+    own = {}
+    unseen = 0
+    for built in RankingBatches(
+        timeline, 0, 1, EvaluationConfig(negatives=4), 64, split, seed=3
+    ):
+        rows = np.split(built.rows_C, np.cumsum(built.counts_B)[:-1])
+        for user, row in zip(built.user_B, rows, strict=True):
+            if user < 0:
+                continue
+            if timeline.is_trained(row[0]):
+                own[int(user)] = row.tolist()
+            else:
+                unseen += 1
+    assert own and unseen
+    user_T, back_T = handed_by_time.targets(split)
+    found_TC = handed_by_time.load(f"candidates-{split}")
+    found = {
+        int(user): row[row >= 0].tolist()
+        for user, row in zip(user_T, found_TC, strict=True)
+    }
+    assert found == own
+    for user, back, row in zip(user_T, back_T, found_TC, strict=True):
+        assert HISTORIES[user][-back] == row[0]
+        items_BT, _ = handed_by_time.padded(
+            np.array([user]), np.array([back]), 3
+        )
+        newest = HISTORIES[user][:-back][-3:].tolist()
+        assert items_BT[0].tolist() == newest + [0] * (3 - len(newest))
 
 
 FEW_SCORES = strategies.sampled_from([0.0, 1.0, 2.0, np.nan, np.inf, -np.inf])

@@ -19,10 +19,13 @@ from trainer.study.peers.recbole_bridge import (
     run_recbole,
 )
 
-pytestmark = pytest.mark.skipif(
-    not default_python().is_file(),
-    reason=f"RecBole's environment, {default_python()}, is not there: make peers",
-)
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not default_python().is_file(),
+        reason=f"RecBole's environment, {default_python()}, is not there: make peers",
+    ),
+]
 ITEMS = (
     130,
     60,
@@ -112,12 +115,13 @@ def test_ranks_are_those_of_every_pairs_score_at_the_best_epoch(
     domains, sampled, full = slow_ranks(
         dataset, np.load(tmp_path / "scores.npy"), 7
     )
-    assert table == {
+    expected = {
         "user": list(LONG),
         "domain": domains,
         "sampled": sampled,
         "full": full,
     }
+    assert {name: table[name] for name in expected} == expected
     values = [epoch["validation"] for epoch in found["epochs"]]
     assert found["best_epoch"] == int(np.argmax(values)) and found[
         "validation"

@@ -219,9 +219,7 @@ def test_the_other_side_ends_where_ours_does(bridge, monkeypatch):
 def test_models_share_what_was_handed_over(bridge, monkeypatch):
     given = bridge.folder / "given"
     bridge(given=given)
-    monkeypatch.setattr(
-        "trainer.study.peers.recbole_bridge.export_dataset", None
-    )
+    monkeypatch.setattr("trainer.study.peers.bridge.export_dataset", None)
     bridge.run = bridge.folder / "other"
     bridge("STAMP", given=given)
     with pytest.raises(
