@@ -197,7 +197,9 @@ def probe_products(settings: Settings, ranks: "Ranks") -> dict[str, float]:
         kinds["tf32"] = (torch.float32, True)
     if machine.has_bf16(ranks.device):
         kinds["bf16"] = (torch.bfloat16, False)
-    square = limits.Product(1, settings.square, settings.square, settings.square)
+    square = limits.Product(
+        1, settings.square, settings.square, settings.square
+    )
     before = torch.backends.cuda.matmul.allow_tf32
     found = {}
     try:
@@ -336,9 +338,7 @@ def probe_table(
     generator = torch.Generator().manual_seed(0)
     before = table(often[:1].to(ranks.device)).detach().clone()
     for _ in range(3):
-        some = torch.randint(
-            settings.table_rows, (1000,), generator=generator
-        )
+        some = torch.randint(settings.table_rows, (1000,), generator=generator)
         rows = table(torch.cat([some, often]).to(ranks.device))
         table.update(torch.full_like(rows, 0.01))
     after = table(often[:1].to(ranks.device)).detach()

@@ -39,9 +39,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 # Run as a file, Python looks beside the file; the installed project leaves benchmarks out.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_stages import ON_CPU, Places, Stage, last_line, list_stages
 from trainer.child_processes import end_with, kill_tree
@@ -49,6 +48,7 @@ from trainer.config.command_line import option, parse_options
 from trainer.errors import InputError, exit_on_input_error
 from trainer.files.atomic import write_text
 
+ROOT = Path(__file__).resolve().parents[1]
 RUNNING = "running"
 WELL = "ok"
 FAILED = "failed"
@@ -138,9 +138,7 @@ def _names(text: str, flag: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise InputError(
-                f"{flag} has {name}: there are {', '.join(known)}"
-            )
+            raise InputError(f"{flag} has {name}: there are {', '.join(known)}")
     return names
 
 

@@ -464,7 +464,9 @@ def last_line(log: str) -> str:
 
 def tests_headline(log: str) -> str:
     """pytest's last line."""
-    found = re.findall(r"^=* ?(\d+ (?:passed|failed|skipped|error).*)$", log, re.M)
+    found = re.findall(
+        r"^=* ?(\d+ (?:passed|failed|skipped|error).*)$", log, re.M
+    )
     return found[-1].strip("= ")
 
 

@@ -106,7 +106,9 @@ def measure(settings: Settings) -> dict[str, Any]:
 def _measure(settings: Settings, ranks: "Ranks") -> dict[str, Any]:
     config = replace(settings.model, precision=settings.precision)
     count = settings.warmup + 2 * settings.steps + 1
-    dataset = dataset_of(settings.items, settings.domains, settings.users, count)
+    dataset = dataset_of(
+        settings.items, settings.domains, settings.users, count
+    )
     drawn, batches = train_step.batches_of(
         build_batch, dataset, settings, config.max_length, ranks.device
     )
@@ -178,7 +180,9 @@ def summarize(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     waits = [event for event in calls if "Synchronize" in event["name"]]
     busy, extent = _busy((event["ts"], event["dur"]) for event in work)
     by_name = _summed(((event["name"], event) for event in work), steps)
-    by_kind = _summed(((kind_of(event["name"]), event) for event in work), steps)
+    by_kind = _summed(
+        ((kind_of(event["name"]), event) for event in work), steps
+    )
     return {
         "kernels": len(kernels) / steps,
         "copies": (len(work) - len(kernels)) / steps,

@@ -38,7 +38,7 @@ def every_stage():
             )
 
 
-@pytest.mark.parametrize(("tiny", "name"), every_stage())
+@pytest.mark.parametrize(("tiny", "name"), list(every_stage()))
 def test_a_command_is_one_that_the_code_takes(tiny, name, tmp_path):
     """Options, settings and files are there under the names that the command has for them."""
     (tmp_path / "output").mkdir()
@@ -57,7 +57,9 @@ def test_a_command_is_one_that_the_code_takes(tiny, name, tmp_path):
             assert (ROOT / file).exists(), file
         return
     assert (ROOT / program).is_file()
-    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    module = importlib.import_module(
+        program.removesuffix(".py").replace("/", ".")
+    )
     if program.startswith("benchmarks/"):
         own = Path(program).stem
         _, options = suite.settings(own, module.Settings, words)
@@ -90,7 +92,9 @@ def shell(name, script, **more):
 def drive(folder, *stages, budget=60.0):
     """The driver after its run, and the lines that it has written."""
     options = gpu_hour.Options(output=str(folder), budget=budget)
-    driver = gpu_hour.Driver(stages, Places(folder, folder / "work", None), options)
+    driver = gpu_hour.Driver(
+        stages, Places(folder, folder / "work", None), options
+    )
     driver.run()
     return driver, lines_of(folder)
 
@@ -162,7 +166,9 @@ def test_what_a_stage_has_started_is_gone_with_it(tmp_path):
 
 def is_alive(pid):
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        )
     except OSError:
         return False
     return state not in "ZX"
@@ -188,14 +194,18 @@ sys.exit(driver.exit_status)
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_newest_state_is_on_disk_when_the_driver_is_killed(tmp_path, number):
+def test_the_newest_state_is_on_disk_when_the_driver_is_killed(
+    tmp_path, number
+):
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVEN, str(tmp_path)], cwd=ROOT
     )
     try:
         log = tmp_path / "second.log"
         deadline = time.monotonic() + 60
-        while not (log.exists() and "half" in log.read_text().split("\n", 1)[-1]):
+        while not (
+            log.exists() and "half" in log.read_text().split("\n", 1)[-1]
+        ):
             assert time.monotonic() < deadline and driver.poll() is None
             time.sleep(0.02)
     finally:
@@ -217,7 +227,10 @@ def test_the_newest_state_is_on_disk_when_the_driver_is_killed(tmp_path, number)
     ("arguments", "message"),
     [
         ([], "--output is missing"),
-        (["--output", "x", "--only", "stepps"], "--only has stepps: there are "),
+        (
+            ["--output", "x", "--only", "stepps"],
+            "--only has stepps: there are ",
+        ),
         (["--output", "x", "--budget", "0"], "--budget is 0: give more than 0"),
         (["--output", "x", "--data", "/nowhere"], "there is no such folder"),
     ],
@@ -253,7 +266,9 @@ def data(tmp_path_factory):
 def run_tiny(monkeypatch, output, *arguments):
     """The results of the tiny form, whose stages are forked where the stack is loaded."""
     monkeypatch.setattr(gpu_stages.sys, "executable", forked_python())
-    for name, value in cpu_environment(IN_THIS_PROCESS="1", WITHOUT_REPORT="1").items():
+    for name, value in cpu_environment(
+        IN_THIS_PROCESS="1", WITHOUT_REPORT="1"
+    ).items():
         monkeypatch.setenv(name, value)
     words = ["--output", str(output), "--tiny", "--budget", "1200"]
     assert gpu_hour.main([*words, *arguments]) == 0

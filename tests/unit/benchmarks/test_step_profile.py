@@ -8,7 +8,13 @@ from benchmarks import step_profile
 
 
 def event(category, name, begin, duration):
-    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": duration}
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": begin,
+        "dur": duration,
+    }
 
 
 # Two steps: kernels overlap, a copy lies within one, and the device waits between them.
