@@ -88,7 +88,8 @@ class GateGroup(nn.ModuleList):
         if isinstance(first, OnlyExpert) or cast(Gate, first).literal:
             return self._weigh_by_domain(x_MR, view)
         with torch.autocast(x_MR.device.type, enabled=False):
-            weights = [cast(Gate, gate).weight[0] for gate in self]
+            # (1, K, r) each, seen as (K, r).
+            weights = [cast(Gate, gate).weight.flatten(0, 1) for gate in self]
             scores_MK = grouped_linear(x_MR, view.task_starts, weights)
             return torch.softmax(scores_MK, dim=-1)
 

@@ -93,6 +93,15 @@ def _apply_layers(
     device = x_MI.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    weights = [layer.weight.to(dtype) for layer in layers]
-    biases = [layer.bias.to(dtype) for layer in layers]
+    weights = _cast_together([layer.weight for layer in layers], dtype)
+    biases = _cast_together([layer.bias for layer in layers], dtype)
     return grouped_linear(x_MI.to(dtype), starts, weights, biases)
+
+
+def _cast_together(
+    tensors: Sequence[Tensor], dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """Tensors of one shape in another precision, by one cast."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    return torch.stack(list(tensors)).to(dtype).unbind()
