@@ -38,6 +38,21 @@ def every_stage():
             )
 
 
+def import_programs():
+    """{file: module} of the stages' programs."""
+    modules = {}
+    for stage in list_stages(places(ROOT)):
+        program = stage.command[1]
+        if program.endswith(".py"):
+            name = program.removesuffix(".py").replace("/", ".")
+            modules[program] = importlib.import_module(name)
+    return modules
+
+
+# When this file is imported, not in a test: DeepSpeed starts a process when it is.
+MODULES = import_programs()
+
+
 @pytest.mark.parametrize(("tiny", "name"), list(every_stage()))
 def test_a_command_is_one_that_the_code_takes(tiny, name, tmp_path):
     """Options, settings and files are there under the names that the command has for them."""
@@ -57,9 +72,7 @@ def test_a_command_is_one_that_the_code_takes(tiny, name, tmp_path):
             assert (ROOT / file).exists(), file
         return
     assert (ROOT / program).is_file()
-    module = importlib.import_module(
-        program.removesuffix(".py").replace("/", ".")
-    )
+    module = MODULES[program]
     if program.startswith("benchmarks/"):
         own = Path(program).stem
         _, options = suite.settings(own, module.Settings, words)
