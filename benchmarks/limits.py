@@ -147,7 +147,7 @@ def matmul(
     products: a Counter of `Product`. window: seconds of each of several windows.
     """
     seconds = {
-        str(product): _product_seconds(product, dtype, device, window)
+        str(product): product_seconds(product, dtype, device, window)
         for product in products
     }
     square = Product(1, _SQUARE, _SQUARE, _SQUARE)
@@ -158,7 +158,7 @@ def matmul(
             product.operations * count for product, count in products.items()
         ),
         "square_rate": square.operations
-        / _product_seconds(square, dtype, device, window),
+        / product_seconds(square, dtype, device, window),
     }
     return summed(found)
 
@@ -199,7 +199,10 @@ def fastest(measured: list[dict]) -> dict:
     )
 
 
-def _product_seconds(product, dtype, device, window):
+def product_seconds(
+    product: Product, dtype: torch.dtype, device: torch.device, window: float
+) -> float:
+    """The least time of a product over several windows."""
     left, right, out = product.operands(dtype, device)
     return best_seconds(
         lambda: torch.matmul(left, right, out=out), device, window

@@ -243,6 +243,13 @@ def peak_memory() -> int:
     return _status("VmHWM")
 
 
+def peak_device_memory(device: torch.device) -> int | None:
+    """The most bytes of the device that tensors held; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device)
+
+
 def _status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(

@@ -10,11 +10,15 @@ without those that launch nothing: views, allocations, reads of a tensor's shape
 are several kernels on a device, and some of what is counted would stay on its host. So the figures
 are for comparison with each other.
 
+An operator of backward belongs to the part whose forward it is the gradient of. Each node of
+autograd's graph has a number, which rises; what is entered and left in forward notes it.
+
 What a device does otherwise than a CPU is replaced: a mask of dropout is one operator, experts
 are PyTorch's own operators (`kernel=plain`), and in bf16 attention is one operator, as where a
 device has FlashAttention. In fp32 it is one for each bucket of lengths.
 """
 
+import bisect
 import contextlib
 import functools
 import sys
@@ -35,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import suite
 from benchmarks.workload import dataset_of, draw, trainer_of
 from syncrec.batch.build import build_batch
+from syncrec.batch.views import Batch
 from syncrec.config import ModelConfig
-from syncrec.layers import dropout, varlen
+from syncrec.layers import dropout, transformer, varlen
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.distributed import process_group
@@ -44,13 +49,26 @@ from trainer.distributed import process_group
 if TYPE_CHECKING:
     from trainer.training.step import Trainer
 
+EXCHANGE = "batch, exchange of ids"
 LOOK_UP = "look-up"
-EXPERTS = "experts"
-TASKS = "inputs, gates and towers"
+INPUTS = "inputs of both views"
+ATTENTION = "attention"
+EXPERTS = "experts besides"
+TASKS = "gates and towers"
 LOSSES = "losses"
-BACKWARD = "backward"
-UPDATE = "update"
-PARTS = (LOOK_UP, EXPERTS, TASKS, LOSSES, BACKWARD, UPDATE)
+GRADIENTS = "dense gradients"
+UPDATE = "update of both"
+PARTS = (
+    EXCHANGE,
+    LOOK_UP,
+    INPUTS,
+    ATTENTION,
+    EXPERTS,
+    TASKS,
+    LOSSES,
+    GRADIENTS,
+    UPDATE,
+)
 
 _STEPS = 3  # the last one is counted
 _NO_KERNEL = {
@@ -100,6 +118,10 @@ class OperatorCounter(TorchDispatchMode):
         super().__init__()
         self.part = ""
         self.counts: dict[str, Counter[str]] = {}
+        self.backward: dict[str, Counter[str]] = {}
+        # From which of autograd's numbers on nodes are of which part; both rise together.
+        self._numbers: list[int] = []
+        self._parts: list[str] = []
 
     def __torch_dispatch__(
         self,
@@ -110,19 +132,44 @@ class OperatorCounter(TorchDispatchMode):
     ) -> Any:
         """Counts the operator and has it done."""
         if launches(func):
-            counts = self.counts.setdefault(self.part, Counter())
-            counts[str(func.overloadpacket)] += 1
+            node = torch._C._current_autograd_node()
+            counts = self.counts
+            part = self.part
+            if node is not None:
+                counts = self.backward
+                part = self._part_of(node)
+            of_part = counts.setdefault(part, Counter())
+            of_part[str(func.overloadpacket)] += 1
         return func(*args, **(kwargs or {}))
+
+    def _part_of(self, node: Any) -> str:
+        """The part whose forward has made a node; the part that is entered where none has."""
+        number = node._sequence_nr()
+        # A gradient's last stop, at the weight itself, has no number of its own.
+        if number >= torch.autograd._get_sequence_nr():
+            return self.part
+        position = bisect.bisect_right(self._numbers, number) - 1
+        return self._parts[position] if position >= 0 else self.part
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.counts.clear()
+        self.backward.clear()
 
     @contextlib.contextmanager
     def entered(self, part: str) -> Iterator[None]:
         """Within it, operators are counted as this part's."""
         before = self.part
-        self.part = part
+        self._enter(part)
         try:
             yield
         finally:
-            self.part = before
+            self._enter(before)
+
+    def _enter(self, part: str) -> None:
+        self.part = part
+        self._numbers.append(torch.autograd._get_sequence_nr())
+        self._parts.append(part)
 
     def wrap(
         self, part: str, function: Callable[..., Any]
@@ -137,8 +184,12 @@ class OperatorCounter(TorchDispatchMode):
         return counted
 
     def total(self, part: str) -> int:
-        """How many operators a part had."""
-        return sum(self.counts.get(part, Counter()).values())
+        """How many operators a part had in forward."""
+        return self.counts.get(part, Counter()).total()
+
+    def total_backward(self, part: str) -> int:
+        """How many operators a part had in backward."""
+        return self.backward.get(part, Counter()).total()
 
 
 def launches(operator: Any) -> bool:
@@ -232,7 +283,8 @@ def count_step(
         counter = OperatorCounter()
         _enter_parts(counter, trainer)
         domain_items = [domain.items for domain in dataset.domains]
-        with as_on_device(packed_attention=precision == "bf16"):
+        packed = precision == "bf16"
+        with as_on_device(packed), functions_entered(counter):
             for step in range(_STEPS):
                 drawn = draw(
                     dataset,
@@ -243,30 +295,36 @@ def count_step(
                     settings.negatives,
                 )
                 batch = build_batch(*drawn, domain_items, config.max_length)
-                counter.counts.clear()
+                counter.clear()
                 with counter, counter.entered(UPDATE):
                     trainer.train_step(batch)
     return {
         "precision": precision,
         "domains": domains,
         "parts": {part: counter.total(part) for part in PARTS},
-        "operators": {
-            part: dict(counter.counts[part].most_common()) for part in PARTS
-        },
+        "backward": {part: counter.total_backward(part) for part in PARTS},
+        "operators": _by_name(counter.counts),
+        "backward_operators": _by_name(counter.backward),
     }
+
+
+def _by_name(counts: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """Each part's operators, the most frequent first."""
+    return {part: dict(of.most_common()) for part, of in counts.items()}
 
 
 def _enter_parts(counter: OperatorCounter, trainer: "Trainer") -> None:
     """Has the trainer's calls counted as their parts. What is in none is the update."""
     model = trainer.model
     wrapped: list[tuple[Any, str, str]] = [
-        (trainer, "prepare", LOOK_UP),
-        (trainer._prefetcher, "take", LOOK_UP),
+        (trainer, "prepare", EXCHANGE),
+        (trainer._prefetcher, "take", EXCHANGE),
         (trainer.table, "look_up", LOOK_UP),
         (model, "forward", TASKS),
+        (model, "tokens", INPUTS),
         (model.cross_experts, "forward", EXPERTS),
         (model, "_compute_losses", LOSSES),
-        (trainer.engine, "backward", BACKWARD),
+        (trainer.engine, "backward", GRADIENTS),
     ]
     if model.single_experts is not None:
         wrapped.append((model.single_experts, "forward", EXPERTS))
@@ -274,16 +332,31 @@ def _enter_parts(counter: OperatorCounter, trainer: "Trainer") -> None:
         setattr(owner, name, counter.wrap(part, getattr(owner, name)))
 
 
+@contextlib.contextmanager
+def functions_entered(counter: OperatorCounter) -> Iterator[None]:
+    """Has what the trainer's objects do not call as methods of their own counted as its part."""
+    gather = counter.wrap(LOOK_UP, Batch.gather_vectors)
+    attend = counter.wrap(ATTENTION, transformer.causal_attention)
+    with (
+        mock.patch.object(Batch, "gather_vectors", gather),
+        mock.patch.object(transformer, "causal_attention", attend),
+    ):
+        yield
+
+
 def table(record: dict[str, Any]) -> str:
-    """A line for each part, a column for each precision and number of domains."""
+    """A line for each part, forward + backward; a column for each precision and number of domains."""
     rows: dict[str, dict[str, str]] = {}
     for result in record["results"]:
         column = f"{result['precision']}, D = {result['domains']}"
-        parts = result["parts"]
-        counts = parts | {"step": sum(parts.values())}
-        for part, count in counts.items():
+        for part, forward in result["parts"].items():
             row = rows.setdefault(part, {"part": part})
-            row[column] = f"{count:,}"
+            row[column] = f"{forward:,} + {result['backward'][part]:,}"
+        row = rows.setdefault("step", {"part": "step"})
+        total = sum(result["parts"].values()) + sum(result["backward"].values())
+        row[column] = f"{total:,}"
+    # The step stands below its parts, whichever came first.
+    rows["step"] = rows.pop("step")
     return suite.markdown(list(rows.values()))
 
 

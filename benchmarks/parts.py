@@ -49,9 +49,6 @@ from benchmarks.workload import dataset_of, draw, trainer_of
 from syncrec.batch.build import build_batch
 from syncrec.batch.views import move
 from syncrec.config import ModelConfig
-from syncrec.layers.gate import Gate
-from syncrec.layers.tower import Tower
-from syncrec.layers.transformer import ExpertStack
 from syncrec.model import SyNCRec
 from trainer.config.negatives import NegativesConfig
 from trainer.distributed import process_group
@@ -352,9 +349,11 @@ def noted(
     """The calls of experts, of gates and towers, and of the losses in `forward()`: three lists
     of `Call`.
     """
-    found = {ExpertStack: [], Gate: [], Tower: [], SyNCRec: []}
+    experts = []
+    tasks = []
+    of_losses = []
 
-    def note(kind, function, arguments, weights):
+    def note(calls, function, arguments, weights):
         arguments = [own(value) for value in arguments]
         leaves = tuple(
             value
@@ -365,9 +364,7 @@ def noted(
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(weights[0].device.type),
         )
-        found[kind].append(
-            Call(function, tuple(arguments), *state, leaves, weights)
-        )
+        calls.append(Call(function, tuple(arguments), *state, leaves, weights))
 
     def own(value):
         return (
@@ -376,18 +373,21 @@ def noted(
             else value
         )
 
-    def hook(module, arguments):
-        note(type(module), module, arguments, tuple(module.parameters()))
+    def hook(module, calls):
+        def noting(module, arguments):
+            note(calls, module, arguments, tuple(module.parameters()))
 
-    hooks = [
-        module.register_forward_pre_hook(hook)
-        for module in model.modules()
-        if type(module) in (ExpertStack, Gate, Tower)
-    ]
+        return module.register_forward_pre_hook(noting)
+
+    stacks = (model.cross_experts, model.single_experts)
+    of_tasks = (model.cross_gate, model.single_gates)
+    of_tasks += (model.cross_tower, model.single_towers)
+    hooks = [hook(stack, experts) for stack in stacks if stack is not None]
+    hooks += [hook(module, tasks) for module in of_tasks]
     losses = model._compute_losses
 
     def noting(*arguments):
-        note(SyNCRec, losses, arguments, tuple(model.parameters()))
+        note(of_losses, losses, arguments, tuple(model.parameters()))
         return losses(*arguments)
 
     model._compute_losses = noting
@@ -395,7 +395,7 @@ def noted(
     del model._compute_losses
     for handle in hooks:
         handle.remove()
-    return found[ExpertStack], found[Gate] + found[Tower], found[SyNCRec]
+    return experts, tasks, of_losses
 
 
 def again(calls: list[Call], backward: bool) -> None:

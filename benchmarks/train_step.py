@@ -4,6 +4,7 @@ model padded, with dense Adam.
     python benchmarks/train_step.py          5·10⁴ to 10⁷ items, fp32 and bf16: minutes, 7 GB of memory
     python benchmarks/train_step.py --short  5·10⁴ items, few steps
     python benchmarks/train_step.py model.loss=sampled_softmax negatives.shared=1024
+    python benchmarks/train_step.py table.placement=cached exponent=1  on CUDA: rows on the host
 
 Ours is `trainer.training.step.Trainer.train_step`: TorchRec table with fused row-wise Adagrad,
 packed model, DeepSpeed engine. Batches are built beforehand, as worker processes do, and each
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.multiprocessing import ProcessExitedException
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import flops, limits, machine, suite
 from benchmarks.padded import PaddedSyNCRec, pad_batch
 from benchmarks.workload import dataset_of, draw, trainer_of
+from embeddings.config import TableConfig
 from syncrec.batch.build import build_batch
 from syncrec.batch.views import map_tensors, move
 from syncrec.config import ModelConfig
@@ -68,13 +70,16 @@ class Settings:
     steps: int
     warmup: int
     window: float
+    exponent: float
     model: ModelConfig
     negatives: NegativesConfig
+    table: TableConfig
 
     def __post_init__(self):
         suite.at_least(
             1, self, "domains", "users", "shortest", "steps", "warmup"
         )
+        suite.at_least(0, self, "exponent")
         suite.at_least(2 * self.domains, self, "items")
 
 
@@ -175,26 +180,10 @@ def _measure(case, settings, ranks):
         settings.warmup + settings.steps + 1
     )  # the last is made ready beside the last step
     dataset = dataset_of(case.items, settings.domains, settings.users, count)
-    domain_items = [domain.items for domain in dataset.domains]
-    drawn = [
-        draw(
-            dataset,
-            step,
-            settings.users,
-            settings.shortest,
-            config.max_length,
-            settings.negatives,
-        )
-        for step in range(count)
-    ]
     build, work, start = _SYSTEMS[case.system]
-    batches = [
-        build(*arrays, domain_items, config.max_length) for arrays in drawn
-    ]
-    if ranks.device.type == "cuda":
-        batches = [
-            map_tensors(batch, torch.Tensor.pin_memory) for batch in batches
-        ]
+    drawn, batches = batches_of(
+        build, dataset, settings, config.max_length, ranks.device
+    )
     tokens = len(drawn[0][0])
     steps = start(config, settings, ranks, dataset)
     seconds, interval, losses = timed_steps(
@@ -222,6 +211,7 @@ def _measure(case, settings, ranks):
         "operations_per_second": operations / timed["median"],
         "losses": losses,
         "peak_memory_bytes": peak,
+        "device_memory_bytes": machine.peak_device_memory(ranks.device),
     }
     if case.system == OURS:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
@@ -233,6 +223,35 @@ def _measure(case, settings, ranks):
             settings.window,
         )
     return found
+
+
+def batches_of(
+    build: Callable, dataset: "Dataset", settings: Any, length: int, device: Any
+) -> tuple[list[tuple], list[Any]]:
+    """What the steps of `dataset` are built from, and their batches, pinned for a device.
+
+    build: `build_batch` or `pad_batch`. length: T. settings: users, shortest, negatives, exponent.
+    """
+    steps = dataset.users // settings.users
+    domain_items = [domain.items for domain in dataset.domains]
+    drawn = []
+    batches = []
+    for step in range(steps):
+        arrays = draw(
+            dataset,
+            step,
+            settings.users,
+            settings.shortest,
+            length,
+            settings.negatives,
+            settings.exponent,
+        )
+        batch = build(*arrays, domain_items, length)
+        if device.type == "cuda":
+            batch = map_tensors(batch, torch.Tensor.pin_memory)
+        drawn.append(arrays)
+        batches.append(batch)
+    return drawn, batches
 
 
 class Marks:
@@ -297,7 +316,12 @@ def start_ours(
 ) -> Callable:
     """The trainer's own step, with the next batch made ready beside it."""
     trainer = trainer_of(
-        config, settings.users, dataset, ranks, negatives=settings.negatives
+        config,
+        settings.users,
+        dataset,
+        ranks,
+        negatives=settings.negatives,
+        table=settings.table,
     )
 
     def steps(batches):

@@ -58,8 +58,12 @@ def dataset_of(
     """
     ends = np.arange(domains + 1) * items // domains
     percentiles = {"p5": 0, "p50": 0, "p95": 0, "max": 0}
+    names = [*_NAMES, *(f"domain-{n}" for n in range(len(_NAMES), domains))]
     ranges = zip(
-        _NAMES, ends[:-1].tolist(), np.diff(ends).tolist(), strict=False
+        names[:domains],
+        ends[:-1].tolist(),
+        np.diff(ends).tolist(),
+        strict=True,
     )
     owned = tuple(
         Domain(name, start, room, room, 0, 0, percentiles, "")

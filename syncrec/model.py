@@ -22,10 +22,11 @@ from syncrec.batch.views import Batch, Candidates, MicroBatch, Query, View
 from syncrec.config import ModelConfig
 from syncrec.layers.attention import GroupLayerNorm
 from syncrec.layers.embedding import InputEmbedding
-from syncrec.layers.gate import Gate, OnlyExpert
+from syncrec.layers.gate import Gate, GateGroup, OnlyExpert
+from syncrec.layers.grouped_linear import grouped_linear
 from syncrec.layers.gru import RecurrentStack
 from syncrec.layers.time_encoding import Clock
-from syncrec.layers.tower import Tower
+from syncrec.layers.tower import Tower, TowerGroup
 from syncrec.layers.transformer import ExpertStack
 from syncrec.losses.harm import GapAverage, scale_gradient
 from syncrec.losses.loss_correction import LossCorrection, transfer_gap
@@ -118,8 +119,8 @@ class SyNCRec(nn.Module):
         self.cross_gate = gate(config)
         self.cross_tower = tower(config)
         single_tasks = range(self.domains if self.both_tasks else 0)
-        self.single_gates = nn.ModuleList(gate(config) for _ in single_tasks)
-        self.single_towers = nn.ModuleList(tower(config) for _ in single_tasks)
+        self.single_gates = GateGroup(gate(config) for _ in single_tasks)
+        self.single_towers = TowerGroup(tower(config) for _ in single_tasks)
 
     def _build_losses(self) -> None:
         """What follows the outputs, each None where the settings have it off."""
@@ -311,29 +312,15 @@ class SyNCRec(nn.Module):
     ) -> Tensor:
         """Y^single of eq. 2, domain after domain, (M, r). gate_D: of `_gates`."""
         x_MR = self.tokens(view, inputs_NR)
-        lengths = []
-        tasks = []
-        for start, end in pairwise(view.task_starts):
-            lengths.append(end - start)
-            tasks.append(slice(start, end))
         experts = self._run_experts(
             x_MR,
             view,
             self.single_experts,
             self.cross_experts,
-            _gates_of_tasks(lengths, gate_D),
+            _gates_of_tasks(_lengths_of(view.task_starts), gate_D),
         )
-        weights = []
-        inputs = x_MR.split(lengths)
-        for gate, task_MR, task in zip(
-            self.single_gates, inputs, tasks, strict=True
-        ):
-            weights.append(gate(task_MR, view, task))
-        mixed = mix(torch.cat(weights), experts).split(lengths)
-        outputs = []
-        for tower, mixed_MR in zip(self.single_towers, mixed, strict=True):
-            outputs.append(tower(mixed_MR))
-        return torch.cat(outputs)
+        mixed_MR = mix(self.single_gates(x_MR, view), experts)
+        return self.single_towers(mixed_MR, view.task_starts)
 
     def _run_experts(
         self,
@@ -685,24 +672,30 @@ class SyNCRec(nn.Module):
         row_N = batch.inverse.narrow(
             0, micro_batch.first_interaction, micro_batch.interactions
         )
-        target_row_L = row_N.index_select(0, view.target_interaction_L)
-        target_rows = target_row_L.split(lengths)
-        predicted = predicted_LR.split(lengths)
-        positives = positive_L.split(lengths)
-        losses = []
+        target_row_L1 = row_N.index_select(
+            0, view.target_interaction_L
+        ).unsqueeze(1)
+        target_rows = target_row_L1.split(lengths)
+        scores_Ln = grouped_linear(predicted_LR, view.target_starts, shared)
+        allowed_Ln = torch.zeros_like(scores_Ln, dtype=torch.bool)
+        allowed = allowed_Ln.split(lengths)
+        item_counts = []
         for domain, item_count in enumerate(batch.domain_items):
-            scores = predicted[domain] @ shared[domain].T
-            allowed = shared_rows[domain] != target_rows[domain].unsqueeze(1)
-            losses.append(
-                prediction_loss(
-                    self.config.loss,
-                    positives[domain],
-                    scores,
-                    allowed,
-                    item_count,
-                )
+            rows = shared_rows[domain]
+            torch.ne(
+                rows,
+                target_rows[domain],
+                out=allowed[domain].narrow(1, 0, len(rows)),
             )
-        return torch.cat(losses)
+            count_L1 = positive_L.new_full((lengths[domain], 1), item_count)
+            item_counts.append(count_L1)
+        return prediction_loss(
+            self.config.loss,
+            positive_L,
+            scores_Ln,
+            allowed_Ln,
+            torch.cat(item_counts),
+        )
 
     def _pool(
         self,

@@ -3,12 +3,16 @@
 Shapes: M packed tokens, S sequences, K experts, T longest sequence, r width.
 """
 
+from itertools import pairwise
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncrec.batch.views import View
 from syncrec.config import ModelConfig
+from syncrec.layers.grouped_linear import grouped_linear
 
 
 class Gate(nn.Module):
@@ -67,3 +71,34 @@ class OnlyExpert(nn.Module):
     def forward(self, x_MR: Tensor, view: View, tokens: slice) -> Tensor:
         """Ones, (M, 1); arguments as for `Gate`."""
         return x_MR.new_ones(1, 1).expand(len(x_MR), 1)
+
+
+class GateGroup(nn.ModuleList):
+    """The gates of the single-domain tasks, each for the tokens of its domain, at once."""
+
+    def forward(self, x_MR: Tensor, view: View) -> Tensor:
+        """The experts' weights (M, K). x_MR: inputs of the single-domain view's tokens.
+
+        Example: two domains of two tokens and one, K = 2:
+
+            view.task_starts    (0, 2, 3)
+            result              tensor([[0.4, 0.6], [0.7, 0.3], [0.5, 0.5]])
+        """
+        first = self[0]
+        if isinstance(first, OnlyExpert) or cast(Gate, first).literal:
+            return self._weigh_by_domain(x_MR, view)
+        with torch.autocast(x_MR.device.type, enabled=False):
+            # (1, K, r) each, seen as (K, r).
+            weights = [cast(Gate, gate).weight.flatten(0, 1) for gate in self]
+            scores_MK = grouped_linear(x_MR, view.task_starts, weights)
+            return torch.softmax(scores_MK, dim=-1)
+
+    def _weigh_by_domain(self, x_MR: Tensor, view: View) -> Tensor:
+        """Where each gate has more to do than one product."""
+        weights = []
+        tasks = [slice(*bounds) for bounds in pairwise(view.task_starts)]
+        # split, not slices: the gradient of a slice is a whole tensor of zeros.
+        inputs = x_MR.split([task.stop - task.start for task in tasks])
+        for gate, task_MR, task in zip(self, inputs, tasks, strict=True):
+            weights.append(gate(task_MR, view, task))
+        return torch.cat(weights)

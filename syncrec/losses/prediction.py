@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_NOWHERE = -1e30  # the score of what a target is not compared with
+
 
 def prediction_loss(
     kind: str,
@@ -54,15 +56,18 @@ def _sampled_softmax(
     allowed_Ln: Tensor | None,
     items: int | Tensor,
 ) -> Tensor:
+    """log(e^p + s Σ e^n) − p, with the scale s; the scores are passed over as rarely as can be."""
+    if isinstance(items, Tensor):
+        items = items.flatten()
     others = torch.as_tensor(items - 1, dtype=negative_Ln.dtype).clamp(min=1)
     if allowed_Ln is None:
         scale = (others / negative_Ln.shape[1]).log()
     else:
-        negatives_L1 = allowed_Ln.sum(1, keepdim=True).clamp(min=1)
-        scale = (others / negatives_L1).log()
-        negative_Ln = negative_Ln.masked_fill(~allowed_Ln, float("-inf"))
-    scores = torch.cat([positive_L.unsqueeze(1), negative_Ln + scale], dim=1)
-    return torch.logsumexp(scores, dim=1) - positive_L
+        scale = (others / allowed_Ln.sum(1).clamp(min=1)).log()
+        # Finite: where a target is compared with nothing, its gradient is 0, and not 0 · ∞.
+        negative_Ln = torch.where(allowed_Ln, negative_Ln, _NOWHERE)
+    among_L = torch.logsumexp(negative_Ln, dim=1) + scale
+    return F.softplus(among_L - positive_L)
 
 
 def _mean(values_Ln: Tensor, allowed_Ln: Tensor | None) -> Tensor:

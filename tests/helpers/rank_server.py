@@ -169,6 +169,8 @@ def run_rank(request: dict) -> int:
     os.chdir(request["folder"])
     if "WITHOUT_REPORT" in os.environ:
         leave_out_report()
+    if "IN_THIS_PROCESS" in os.environ:
+        measure_in_this_process()
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -221,6 +223,14 @@ def leave_out_report() -> None:
     trainer.reporting.run_report.write_report = lambda run, has_ended=False: (
         f"{run}: none"
     )
+
+
+def measure_in_this_process() -> None:
+    """A benchmark's cases take no processes of their own, which would import the stack."""
+    from benchmarks import suite
+    from tests.helpers.alone import in_this_process
+
+    suite.in_own_process = in_this_process
 
 
 def redirect(stdout: str, stderr: str) -> None:

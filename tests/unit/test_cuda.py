@@ -101,6 +101,32 @@ def test_a_cached_table_is_one_on_the_device_and_its_checkpoint_too(
     close(*tables)
 
 
+@pytest.mark.parametrize("placement", ["device", "cached"])
+@pytest.mark.parametrize("dim", [8, 64, 128, 1024])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_a_table_on_the_device_is_one_on_the_cpu(
+    ranks, optimizer, dim, placement
+):
+    """A row a thousand times in a look-up, and rows of many widths, take other kernels."""
+    rows = 20_000
+    tables = []
+    for kind, device in ((placement, ranks.device), ("auto", "cpu")):
+        config = TableConfig(optimizer=optimizer, placement=kind)
+        tables.append(ItemTable(rows, dim, config, 0, device))
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        some = torch.randint(rows, (3000,), generator=generator)
+        ids = torch.cat([some, torch.full((1000,), rows - 1)])
+        gradient = 0.01 * torch.randn(len(ids), dim, generator=generator)
+        for table in tables:
+            vectors = table(ids.to(table.device))
+            table.update(gradient.to(vectors.device))
+    last = [table(torch.arange(rows).to(table.device)) for table in tables]
+    on_device, on_cpu = (vectors.detach().cpu() for vectors in last)
+    # Of the row that is asked for so often, gradients are added in another order.
+    torch.testing.assert_close(on_device, on_cpu, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_step_waits_for_nothing_and_looking_ahead_changes_nothing(
     ranks, tmp_path, stage

@@ -160,7 +160,7 @@ def test_what_is_made_again_is_what_the_model_computed():
         True
     ) == 2  # a stack learns in one of the views
     assert (
-        len(experts) == 4 and len(tasks) == 2 * (1 + 3) and len(of_losses) == 1
+        len(experts) == 4 and len(tasks) == 2 * (1 + 1) and len(of_losses) == 1
     )
     (call,) = of_losses
     assert torch.equal(call.function(*call.arguments)[0], losses[0]) and all(

@@ -241,6 +241,14 @@ def test_every_step_draws_as_many_interactions_and_other_items():
     assert (first[0] != second[0]).mean() > 0.99
 
 
+@pytest.mark.parametrize("domains", [1, 8, 9, 30])
+def test_there_are_as_many_domains_as_asked_for(domains):
+    dataset = dataset_of(300, domains, users=2, steps=1)
+    names = {domain.name for domain in dataset.domains}
+    assert len(dataset.domains) == len(names) == domains
+    assert sum(domain.items for domain in dataset.domains) == 300
+
+
 @pytest.mark.parametrize(
     ("items", "fits"), [(10**5, True), (10**6, True), (10**7, False)]
 )
