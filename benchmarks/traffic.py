@@ -215,7 +215,8 @@ def _part(kind, tensor):
         file = frame.f_code.co_filename
         name = frame.f_code.co_name
         if f"{os.sep}torchrec{os.sep}" in file:
-            if tensor.is_floating_point():
+            # int8, too, travels as bytes.
+            if tensor.is_floating_point() or tensor.element_size() == 1:
                 return "row gradients" if name == "backward" else "rows"
             return (
                 "ids"

@@ -69,7 +69,7 @@ class TableConfig:
             "on_resume": True,
         },
     )
-    communication: Literal["fp32", "fp16", "bf16"] = field(
+    communication: Literal["fp32", "fp16", "bf16", "int8"] = field(
         default="fp32",
         metadata={
             "help": "of rows between ranks; their gradients: fp32, or else bf16",

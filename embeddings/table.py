@@ -15,22 +15,17 @@ from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel, ShardingEnv
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.fbgemm_qcomm_codec import (
-    CommType,
-    QCommsConfig,
-    get_qcomm_codecs,
-)
 from torchrec.distributed.sharding_plan import (
     construct_module_sharding_plan,
     row_wise,
 )
 from torchrec.distributed.types import (
     CacheParams,
-    CommOp,
     EmbeddingModuleShardingPlan,
     ShardingPlan,
 )
 
+from embeddings.codecs import communication_codecs
 from embeddings.config import TableConfig, optimizer_name
 from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params
@@ -144,9 +139,9 @@ class ItemTable:
         )
         meta = torch.device("meta")
         collection = EmbeddingCollection(tables=[table_config], device=meta)
-        codecs = (
-            None if ranks == 1 else communication_codecs(config.communication)
-        )
+        codecs = None
+        if ranks > 1:
+            codecs = communication_codecs(config.communication, self.dim)
         sharder = EmbeddingCollectionSharder(
             fused_params=params, qcomm_codecs_registry=codecs
         )
@@ -412,18 +407,3 @@ def sharding_plan(
     if cache_share is not None:
         plan[_TABLE].cache_params = CacheParams(load_factor=cache_share)
     return plan
-
-
-def communication_codecs(precision: str) -> dict[str, Any] | None:
-    """How TorchRec encodes rows and their gradients between ranks; None where it does not."""
-    if precision == "fp32":
-        return None
-    # Gradients in bf16 either way: fp16 has nothing below 6e-8, and a gradient of a mean over 10⁵
-    # targets is often less. Not by TorchRec's get_qcomm_codecs_registry: on gloo that makes fp16 of
-    # bf16, which gloo carries as well.
-    config = QCommsConfig(
-        forward_precision=CommType(precision), backward_precision=CommType.BF16
-    )
-    return {
-        CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)
-    }

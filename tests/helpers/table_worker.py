@@ -25,7 +25,7 @@ ROWS, DIM, SEED = (
     5,
 )  # three blocks of initial rows; no number of ranks divides it
 RATES = (0.05, 0.05, 0.2)
-COARSE = ("fp16", "bf16")
+COARSE = ("fp16", "bf16", "int8")
 CONFIG = TableConfig(learning_rate=RATES[0], eps=1e-4)
 
 

@@ -129,6 +129,7 @@ def count_sent(
         zero_stage(config),
         load.rows * (ranks - 1) / ranks,
         candidates,
+        config.table.communication,
     )
     collectives = traffic.count_collectives(ranks, load.users, candidates)
     sent = {}
@@ -181,6 +182,7 @@ def predict_seconds(
         zero_stage=zero_stage(config),
         global_negatives=_compares_all(config),
         candidates=config.model.mutual_information_candidates,
+        communication=config.table.communication,
     )
     return step_model.cluster_step(
         share,

@@ -131,6 +131,7 @@ class Load:
         zero_stage: of DeepSpeed.
         global_negatives: whether SC-MIM's other users are those of all ranks, or of this one.
         candidates: users a domain that stand for all of them; 0: all do for themselves.
+        communication: table.communication.
     """
 
     tokens: float
@@ -142,6 +143,7 @@ class Load:
     zero_stage: int
     global_negatives: bool = True
     candidates: int = 0
+    communication: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def _sent_by_part(load: Load, gpus: int) -> dict[str, float]:
         load.zero_stage,
         foreign,
         load.candidates,
+        load.communication,
     )
     if not load.global_negatives:
         for part in _INFORMATION:

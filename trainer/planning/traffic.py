@@ -6,6 +6,7 @@ benchmarks/messages.py. Backends use other algorithms for small tensors, and NCC
 
 from dataclasses import dataclass
 
+from embeddings.codecs import gradient_bytes, row_bytes
 from embeddings.table import count_bags
 
 _ID = 8  # bytes of a row's number as TorchRec sends it
@@ -81,6 +82,7 @@ def expected(
     zero_stage: int,
     foreign: float,
     candidates: int = 0,
+    communication: str = "fp32",
 ) -> dict[str, float]:
     """{part: bytes that a rank sends in a step, the mean over ranks}.
 
@@ -93,6 +95,7 @@ def expected(
         foreign: rows that a rank looks up at others, the mean over ranks.
         candidates: users a domain that stand for all of a larger batch in SC-MIM; 0: all do for
             themselves.
+        communication: table.communication, which says how long a row is on its way.
     """
     if world == 1:
         return {}
@@ -104,8 +107,8 @@ def expected(
         # How many lengths, ids and bags go to each rank; the lengths of the bags.
         "numbers of ids": (world - 1) * (3 * _ID + count_bags(world) * _LENGTH),
         "ids": foreign * _ID,
-        "rows": foreign * _FLOAT * dim,
-        "row gradients": foreign * _FLOAT * dim,
+        "rows": foreign * row_bytes(communication, dim),
+        "row gradients": foreign * gradient_bytes(communication, dim),
         _SUMS: 2 * others * 8 * 8 * domains,
         "SC-MIM": (world - 1) * shown,
         "SC-MIM gradients": (world - 1) * gathered,

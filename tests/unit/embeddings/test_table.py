@@ -129,11 +129,10 @@ def test_many_ranks_have_fewer_bags_each(ranks, bags):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)]
+    ("precision", "step"),
+    [("fp16", 2.0**-11), ("bf16", 2.0**-8), ("int8", 1.01 / 255)],
 )
-def test_rows_and_gradients_may_travel_in_half_precision(
-    results, precision, step
-):
+def test_rows_and_gradients_may_travel_in_fewer_bits(results, precision, step):
     """The rows that are kept stay fp32; what travels is rounded: rows to the format, gradients, of 1e-8 or of 1, to bf16."""
     found, scales = results[2], (1.0, 1e-8, 1.0)
     *_, (expected, squares) = adagrad(results[1]["start"], RATES, scales)
@@ -156,7 +155,9 @@ def test_rows_and_gradients_may_travel_in_half_precision(
     )
     rows = RowScatter(ROWS).stored(torch.from_numpy(only_small)).numpy()
     np.testing.assert_allclose(
-        found[f"{precision}_momentum1"][rows], squares[only_small], rtol=2.0**-6
+        found[f"{precision}_momentum1"][rows],
+        squares[only_small],
+        rtol=2.0**-6,
     )
 
 

@@ -92,6 +92,22 @@ def test_one_host_needs_no_network_and_two_share_one_cable_each():
     assert step["SC-MIM's pairs"] == pytest.approx(6 * 100 * 15 * 2 * 32 / 1e13)
 
 
+@pytest.mark.parametrize(
+    ("communication", "row", "gradient"),
+    [
+        ("fp32", 128, 128),
+        ("bf16", 64, 64),
+        ("int8", 40, 64),
+    ],
+)
+def test_rows_travel_in_the_format_that_is_set(communication, row, gradient):
+    found = traffic.expected(
+        *(4, 32, 2, 3, 0, 0), foreign=50, communication=communication
+    )
+    assert found["rows"] == 50 * row
+    assert found["row gradients"] == 50 * gradient
+
+
 def test_sc_mim_within_ranks_takes_nothing_of_the_network():
     step = step_model.cluster_step(
         replace(LOAD, global_negatives=False), CLUSTER, 16, 80, 1e6
