@@ -77,6 +77,10 @@ class Settings:
             "volume_users",
         )
         suite.at_least(2 * self.domains, self, "items")
+        if self.table.group_size:
+            raise ValueError(
+                "table.group_size: what is counted here is one copy of the table"
+            )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ Shapes: r width.
 
 from typing import Any
 
+import torch
 from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.types import CommOp, QuantizedCommCodecs
@@ -56,6 +57,13 @@ def communication_codecs(precision: str, dim: int) -> dict[str, Any] | None:
         backward=RowCodec(_gradient_format(precision), dim),
     )
     return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: codecs}
+
+
+def encode_gradient(precision: str, gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient as it travels between copies of the table, in the format of those within one."""
+    if precision == "fp32":
+        return gradient
+    return gradient.to(torch.bfloat16)
 
 
 def row_bytes(precision: str, dim: int) -> int:

@@ -76,6 +76,13 @@ class TableConfig:
             "on_warm_start": True,
         },
     )
+    group_size: int = field(
+        default=0,
+        metadata={
+            "help": "ranks that share a copy of the table, best those of a host; 0: one copy, on all",
+            "on_resume": True,
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "init_std"):
@@ -88,6 +95,11 @@ class TableConfig:
                 raise ValueError(
                     f"table.{name} is {value}: give 0 or more, and less than 1"
                 )
+        if self.group_size < 0:
+            raise ValueError(
+                f"table.group_size is {self.group_size}: give how many ranks share a copy of the "
+                "table, or 0 for one copy on all"
+            )
         for name in ("cache_share", "device_share"):
             value = getattr(self, name)
             if not 0 < value <= 1:
