@@ -146,6 +146,7 @@ def formula(
         model["zero_stage"],
         foreign,
         model["candidates"],
+        model["communication"],
     )
 
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import chart, namespaces, suite, traffic
 from benchmarks.groups import HOSTS, ONE, TWIN, Groups
+from embeddings.config import TableConfig
 from syncrec.config import ModelConfig
 from trainer.config.negatives import NegativesConfig
 from trainer.config.optimizer import OptimizerConfig
@@ -58,6 +59,7 @@ class Settings:
     exponents: list[float]
     volume_users: int
     model: ModelConfig
+    table: TableConfig
     negatives: NegativesConfig
     optimizer: OptimizerConfig
     deepspeed: dict[str, Any]
@@ -75,6 +77,10 @@ class Settings:
             "volume_users",
         )
         suite.at_least(2 * self.domains, self, "items")
+        if self.table.group_size:
+            raise ValueError(
+                "table.group_size: what is counted here is one copy of the table"
+            )
 
 
 def main() -> None:
@@ -250,6 +256,7 @@ def volumes(groups: Groups, settings: Settings, model: dict) -> list[dict]:
             model["weights"],
             model["zero_stage"],
             rows["foreign"],
+            communication=model["communication"],
         )
         answers = group.ask("calls", **about, interface=interfaces)
         parts = _volumes_of_parts(
@@ -320,6 +327,7 @@ def points(record: dict) -> list[tuple]:
             model["weights"],
             model["zero_stage"],
             counted["foreign"] / counted["users"] * step["users"],
+            communication=model["communication"],
         )
         point = step_model.Point(
             tokens=step["tokens"],

@@ -61,6 +61,7 @@ class Rank:
         config = RunConfig(
             global_batch_size=users * ranks.world_size,
             model=settings.model,
+            table=settings.table,
             negatives=settings.negatives,
             optimizer=settings.optimizer,
             deepspeed=settings.deepspeed,
@@ -193,6 +194,7 @@ class Rank:
             "zero_stage": self.trainer.engine.zero_optimization_stage(),
             "dim": self.settings.model.dim,
             "domains": self.settings.domains,
+            "communication": self.settings.table.communication,
             "candidates": self.settings.model.mutual_information_candidates,
         }
 

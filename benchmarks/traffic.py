@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from trainer.planning.traffic import expected, messages, sent
+from trainer.planning.traffic import (
+    GRADIENTS_BETWEEN,
+    IDS_BETWEEN,
+    expected,
+    messages,
+    sent,
+)
 
 __all__ = [
     "Call",
@@ -74,6 +80,12 @@ _PARTS = {
     "gather": "SC-MIM",
     "_reduce": "clip, check, signals",  # trainer.training.gradients.Gradients
     "collect": "SC-MIM",
+}
+
+# The same of embeddings.replicas.
+_OF_COPIES = {
+    "exchange_rows": IDS_BETWEEN,
+    "sum_gradients": GRADIENTS_BETWEEN,
 }
 
 
@@ -136,13 +148,17 @@ class Traffic:
             if len(args) > _POSITIONS[kind]
             else kwargs[_INPUTS[kind]]
         )
-        world = dist.get_world_size()
+        # All of ours and TorchRec's name their group.
+        group = kwargs.get("group")
+        world = dist.get_world_size(group)
         own = 0
         if kind == "all_to_all_single":
             splits = (
                 args[3] if len(args) > 3 else kwargs.get("input_split_sizes")
             )
-            rows = splits[dist.get_rank()] if splits else len(tensor) // world
+            rows = (
+                splits[dist.get_rank(group)] if splits else len(tensor) // world
+            )
             own = rows * tensor[:1].nbytes
         bytes_sent = sent(kind, tensor.nbytes, world, own)
         part = _part(kind, tensor)
@@ -214,8 +230,11 @@ def _part(kind, tensor):
     while frame is not None:
         file = frame.f_code.co_filename
         name = frame.f_code.co_name
+        if name in _OF_COPIES:
+            return _OF_COPIES[name]
         if f"{os.sep}torchrec{os.sep}" in file:
-            if tensor.is_floating_point():
+            # int8, too, travels as bytes.
+            if tensor.is_floating_point() or tensor.element_size() == 1:
                 return "row gradients" if name == "backward" else "rows"
             return (
                 "ids"

@@ -69,11 +69,18 @@ class TableConfig:
             "on_resume": True,
         },
     )
-    communication: Literal["fp32", "fp16", "bf16"] = field(
+    communication: Literal["fp32", "fp16", "bf16", "int8"] = field(
         default="fp32",
         metadata={
             "help": "of rows between ranks; their gradients: fp32, or else bf16",
             "on_warm_start": True,
+        },
+    )
+    group_size: int = field(
+        default=0,
+        metadata={
+            "help": "ranks that share a copy of the table, best those of a host; 0: one copy, on all",
+            "on_resume": True,
         },
     )
 
@@ -88,6 +95,11 @@ class TableConfig:
                 raise ValueError(
                     f"table.{name} is {value}: give 0 or more, and less than 1"
                 )
+        if self.group_size < 0:
+            raise ValueError(
+                f"table.group_size is {self.group_size}: give how many ranks share a copy of the "
+                "table, or 0 for one copy on all"
+            )
         for name in ("cache_share", "device_share"):
             value = getattr(self, name)
             if not 0 < value <= 1:

@@ -92,11 +92,13 @@ def plan_capacity(
     dim: int,
     room: Room,
     beside: HostNeeds = HostNeeds(),
+    copies: int = 1,
 ) -> Capacity:
     """Settles table.placement for a rank with so many rows.
 
-    optimizer: the name in force (never "auto"). Raises ValueError with the arithmetic where they
-    fit nowhere, and where there is no device to cache them on.
+    optimizer: the name in force (never "auto"). copies: of the table; of rows that all of them hold
+    a rank writes a part. Raises ValueError with the arithmetic where the rows fit nowhere, and where
+    there is no device to cache them on.
     """
     capacity = _place_rows(config, optimizer, rows, dim, room, beside)
     if not beside.checkpoints:
@@ -104,6 +106,7 @@ def plan_capacity(
     copy = capacity.host
     if not capacity.cached and capacity.device:
         copy = capacity.device
+    copy = -(-copy // copies)
     free = room.host - beside.loaders - capacity.host
     if copy <= free:
         return replace(capacity, checkpoint=copy)

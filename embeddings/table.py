@@ -1,36 +1,39 @@
-"""The item matrix M (section 4.1) as one row-wise sharded TorchRec table with a fused optimizer."""
+"""The item matrix M (section 4.1) as one row-wise sharded TorchRec table with a fused optimizer.
+
+One copy of it lies on all ranks together, or one on each group of ranks (embeddings/replicas.py).
+"""
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.remote_device import _remote_device
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel, ShardingEnv
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.fbgemm_qcomm_codec import (
-    CommType,
-    QCommsConfig,
-    get_qcomm_codecs,
-)
 from torchrec.distributed.sharding_plan import (
     construct_module_sharding_plan,
     row_wise,
 )
 from torchrec.distributed.types import (
     CacheParams,
-    CommOp,
     EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
     ShardingPlan,
 )
 
+from embeddings.codecs import communication_codecs, encode_gradient
 from embeddings.config import TableConfig, optimizer_name
 from embeddings.host_memory import TableMemory
 from embeddings.optimizers import fused_params
@@ -40,6 +43,13 @@ from embeddings.placement import (
     count_ranks_of_host,
     free_room,
     plan_capacity,
+)
+from embeddings.replicas import (
+    SharedRows,
+    build_groups,
+    count_ranks_of_group,
+    exchange_rows,
+    sum_gradients,
 )
 from embeddings.row_scatter import RowScatter
 
@@ -101,12 +111,14 @@ class ItemTable:
             beside: what the host has to have room for besides.
 
         Raises ValueError where FBGEMM lacks the optimizer on this device, a rank would hold no row,
-        or the rows fit nowhere.
+        the ranks cannot be cut into groups, or the rows fit nowhere.
         """
         ranks = dist.get_world_size()
-        rows_of_rank = -(-rows // ranks)
-        # TorchRec cuts in equal parts, rounded up, and fails on an empty one.
-        if rows_of_rank * (ranks - 1) >= rows:
+        size = count_ranks_of_group(config, ranks)
+        rows_of_rank = -(-rows // size)
+        # TorchRec cuts in equal parts, rounded up, and fails on an empty one. The last is the
+        # smallest, and its replicas answer for a part of it each.
+        if rows - rows_of_rank * (size - 1) < ranks // size:
             raise ValueError(
                 f"a table of {rows} rows leaves some of {ranks} ranks without one: use fewer ranks"
             )
@@ -122,10 +134,14 @@ class ItemTable:
             dim,
             free_room(self.device),
             beside or HostNeeds(),
+            copies=ranks // size,
         )
+        self.groups = build_groups(size)
         self._parallel = self._build_sharded(config, params)
         self._collection = self._parallel.module["m"]
-        self._looked_up: Tensor | None = None
+        self._looked_up: _LookUp | None = None
+        self._communication = config.communication
+        self._prepare_copies()
         self.reset(config.init_std, seed)
         if filled:
             self.fill()
@@ -134,7 +150,7 @@ class ItemTable:
         self, config: TableConfig, params: dict[str, Any]
     ) -> DistributedModelParallel:
         """TorchRec's sharded module. params: of the fused optimizer."""
-        ranks = dist.get_world_size()
+        ranks = self.groups.size
         table_config = EmbeddingConfig(
             name=_TABLE,
             embedding_dim=self.dim,
@@ -144,9 +160,9 @@ class ItemTable:
         )
         meta = torch.device("meta")
         collection = EmbeddingCollection(tables=[table_config], device=meta)
-        codecs = (
-            None if ranks == 1 else communication_codecs(config.communication)
-        )
+        codecs = None
+        if ranks > 1:
+            codecs = communication_codecs(config.communication, self.dim)
         sharder = EmbeddingCollectionSharder(
             fused_params=params, qcomm_codecs_registry=codecs
         )
@@ -157,16 +173,25 @@ class ItemTable:
             ranks,
             count_devices_of_host(self.device),
             self.device.type,
+            self.groups.first_rank,
         )
         with TableMemory():
             return DistributedModelParallel(
                 nn.ModuleDict({"m": collection}),
-                env=ShardingEnv.from_process_group(dist.group.WORLD),
+                env=ShardingEnv.from_process_group(self.groups.within),
                 device=self.device,
                 plan=ShardingPlan({"m": plan}),
                 sharders=[sharder],
                 init_data_parallel=False,
             )
+
+    def _prepare_copies(self) -> None:
+        """Has FBGEMM's update left to `update`, where the table has copies."""
+        self._leaf: Tensor | None = None
+        if self.groups.copies > 1:
+            self._local_count = len(self.local_rows()[1]["weight"])
+            lookup = self._collection._lookups[0]
+            lookup.register_forward_hook(self._cut_off)
 
     def reset(self, init_std: float, seed: int) -> None:
         """Gives up what is in the table, for other rows to be read into it.
@@ -238,7 +263,7 @@ class ItemTable:
         all ranks start them, send them and look them up in the same order.
         """
         stored = self.scatter.stored(ids.to(self.device))
-        bags = count_bags(dist.get_world_size())
+        bags = count_bags(self.groups.size)
         lengths = bag_lengths(len(stored), bags, self.device)
         # The host knows the count: TorchRec would read it from the device.
         features = KeyedJaggedTensor(
@@ -248,7 +273,14 @@ class ItemTable:
             stride=len(lengths),
             length_per_key=[len(stored)],
         )
-        return Exchange(self._collection, features)
+        share = None
+        if self.groups.copies > 1 and torch.is_grad_enabled():
+            share = self._share
+        return Exchange(self._collection, features, share)
+
+    def _share(self, looked_up_N: Tensor) -> SharedRows:
+        """Tells replicas which rows of the shard are looked up for a step."""
+        return exchange_rows(self.groups, looked_up_N, self._local_count)
 
     def look_up(self, exchange: "Exchange") -> Tensor:
         """The vectors of the rows whose ids were exchanged, as they are now; else as when called."""
@@ -257,23 +289,62 @@ class ItemTable:
                 "the item table has no rows yet: fill it or read a checkpoint into it first"
             )
         training = torch.is_grad_enabled()
-        updates = None if training else self.updates
+        updates = self.updates
         context, features = exchange.received()
+        has_copies = self.groups.copies > 1
+        if training and has_copies and exchange.shared is None:
+            raise RuntimeError(
+                "the ids were exchanged without gradients: replicas do not know them"
+            )
         outputs = self._collection.compute_and_output_dist(context, features)
-        self._looked_up = outputs[_FEATURE].values()
-        if updates is not None:
+        vectors = outputs[_FEATURE].values()
+        self._looked_up = _LookUp(vectors, exchange.shared, self._leaf)
+        self._leaf = None
+        if not training or has_copies:
             # FBGEMM counts when it looks up, also where nothing will be updated.
             self.updates = updates
-        return self._looked_up.detach().requires_grad_(training)
+        return vectors.detach().requires_grad_(training)
 
     def update(self, gradient: Tensor) -> None:
         """One step of the fused optimizer with d loss / d vectors of the last look-up.
 
         gradient: (ids, r), of a loss whose mean over ranks is the global one (TorchRec divides by
-        the number of ranks).
+        the number of ranks). Called on all ranks.
         """
-        cast(Tensor, self._looked_up).backward(gradient)
+        looked_up = cast(_LookUp, self._looked_up)
+        looked_up.vectors.backward(gradient)
         self._looked_up = None
+        if looked_up.shared is not None:
+            gradient_NR = cast(Tensor, cast(Tensor, looked_up.leaf).grad)
+            self._update_copies(
+                looked_up.shared, gradient_NR.view(-1, self.dim)
+            )
+
+    def _cut_off(
+        self, _module: nn.Module, _arguments: Any, vectors: Tensor
+    ) -> Tensor | None:
+        """Ends backward before FBGEMM's update, which is made when all groups' gradients are summed.
+
+        A hook of the look-up, whose vectors it replaces by a leaf; None: they stay.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        self._leaf = vectors.detach().requires_grad_()
+        return self._leaf
+
+    def _update_copies(self, shared: SharedRows, gradient_NR: Tensor) -> None:
+        """The same update on all copies: each row once, with its gradients of all ranks summed."""
+        gradient_UR = sum_gradients(
+            self.groups,
+            shared,
+            gradient_NR,
+            functools.partial(encode_gradient, self._communication),
+        )
+        bags = count_bags(self.groups.size)
+        lengths = bag_lengths(len(shared.rows_U), bags, self.device)
+        offsets = nn.functional.pad(lengths.long().cumsum(0), (1, 0))
+        vectors = self._kernel(indices=shared.rows_U, offsets=offsets)
+        vectors.backward(gradient_UR)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Takes effect with the next look-up: FBGEMM hands the rate to backward when it looks up."""
@@ -285,8 +356,23 @@ class ItemTable:
     def shard(self) -> Shard:
         """This rank's part as it is now: (first stored row, {name: tensor (rows here, …)}).
 
-        "weight" (rows here, r), and what the fused optimizer has of each row ("momentum1", …), if
-        anything. The tensors are views, to be written only as `rewritten` has it.
+        Of all ranks together each row once: of rows that replicas hold too, a part. "weight" (rows
+        here, r), and what the fused optimizer has of each row ("momentum1", …), if anything. The
+        tensors are views, to be read only.
+        """
+        first, tensors = self.local_rows()
+        bounds = self.groups.part_bounds(len(tensors["weight"]))
+        low = bounds[self.groups.group]
+        high = bounds[self.groups.group + 1]
+        part = {}
+        for name, tensor in tensors.items():
+            part[name] = tensor[low:high]
+        return first + low, part
+
+    def local_rows(self) -> Shard:
+        """All rows that this rank holds, which its replicas hold too; else as `shard`.
+
+        They are to be written only as `rewritten` has it.
         """
         weight = self._collection.state_dict()[f"embeddings.{_TABLE}.weight"]
         (state,) = self._parallel.fused_optimizer.state_dict()["state"].values()
@@ -299,8 +385,8 @@ class ItemTable:
 
     @contextlib.contextmanager
     def rewritten(self) -> Iterator[Shard]:
-        """What `shard` gives, for a `with` in which it is written."""
-        yield self.shard()
+        """What `local_rows` gives, for a `with` in which it is written: on replicas alike."""
+        yield self.local_rows()
         # What a device's cache has of the rows is out of date.
         self._kernel.reset_cache_states()
         self._filled = True
@@ -324,27 +410,61 @@ class ItemTable:
         return embedding.emb_module
 
 
+@dataclass(frozen=True)
+class _LookUp:
+    """Vectors whose gradient is awaited.
+
+    Where the table has copies: shared, the rows to be updated, and leaf, the looked-up rows of this
+    rank's shard, which get its group's gradients.
+    """
+
+    vectors: Tensor
+    shared: SharedRows | None
+    leaf: Tensor | None
+
+
 class Exchange:
     """Ids on their way to the ranks that have their rows, in two halves.
 
-    First go the counts, how many ids go where, then the ids themselves.
+    First go the counts, how many ids go where, then the ids themselves. Where the table has copies,
+    replicas then tell each other which rows they have been asked for.
     """
 
-    def __init__(self, collection: Any, features: KeyedJaggedTensor):
-        """collection: TorchRec's sharded EmbeddingCollection."""
+    def __init__(
+        self,
+        collection: Any,
+        features: KeyedJaggedTensor,
+        share: Callable[[Tensor], SharedRows] | None = None,
+    ):
+        """collection: TorchRec's sharded EmbeddingCollection.
+
+        share: tells replicas the ids that have come; None: there are none, or no update follows.
+        """
         self._context = collection.create_context()
         self._counts = collection.input_dist(self._context, features)
+        self._share = share
         self._ids: Any = None
+        self._features: Any = None
+        self.shared: SharedRows | None = None
 
     def send(self) -> None:
-        """Waits until the host knows how many ids come from where, and sends the ids."""
-        if self._ids is None:
-            self._ids = self._counts.wait()
+        """Waits until the host knows how many ids come from where, and sends the ids.
+
+        With copies it also waits for the ids, and sends them on.
+        """
+        if self._ids is not None:
+            return
+        self._ids = self._counts.wait()
+        if self._share is not None:
+            self._features = self._ids.wait()
+            self.shared = self._share(self._features[0].values())
 
     def received(self) -> tuple[Any, Any]:
         """TorchRec's context and the ids that have come, for the stream that is current now."""
         self.send()
-        features = self._ids.wait()
+        features = self._features
+        if features is None:
+            features = self._ids.wait()
         sharding_context = self._context.sharding_contexts[0]
         sent = sharding_context.features_before_input_dist
         if sent.device().type == "cuda":
@@ -352,6 +472,9 @@ class Exchange:
             stream = torch.cuda.current_stream()
             self._context.record_stream(stream)
             features.record_stream(stream)
+            if self.shared is not None:
+                for tensor in self.shared.tensors():
+                    tensor.record_stream(stream)
         return self._context, features
 
 
@@ -393,10 +516,12 @@ def sharding_plan(
     ranks: int,
     local_size: int,
     device_type: str,
+    first_rank: int = 0,
 ) -> EmbeddingModuleShardingPlan:
-    """Rows in equal contiguous parts over all ranks.
+    """Rows in equal contiguous parts over so many ranks.
 
-    With a cache_share they lie on the hosts, that share cached on the devices.
+    With a cache_share they lie on the hosts, that share cached on the devices. first_rank: of the
+    group that shares them.
     """
     kernel = EmbeddingComputeKernel.FUSED
     if cache_share is not None:
@@ -411,19 +536,22 @@ def sharding_plan(
     )
     if cache_share is not None:
         plan[_TABLE].cache_params = CacheParams(load_factor=cache_share)
+    if first_rank:
+        _place_in_group(plan[_TABLE], local_size, device_type, first_rank)
     return plan
 
 
-def communication_codecs(precision: str) -> dict[str, Any] | None:
-    """How TorchRec encodes rows and their gradients between ranks; None where it does not."""
-    if precision == "fp32":
-        return None
-    # Gradients in bf16 either way: fp16 has nothing below 6e-8, and a gradient of a mean over 10⁵
-    # targets is often less. Not by TorchRec's get_qcomm_codecs_registry: on gloo that makes fp16 of
-    # bf16, which gloo carries as well.
-    config = QCommsConfig(
-        forward_precision=CommType(precision), backward_precision=CommType.BF16
-    )
-    return {
-        CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(config)
-    }
+def _place_in_group(
+    table: ParameterSharding, local_size: int, device_type: str, first_rank: int
+) -> None:
+    """Names the group's ranks as all ranks do, where TorchRec's plan counts them from 0."""
+    spec = cast(EnumerableShardingSpec, table.sharding_spec)
+    ranks = []
+    for number, shard in enumerate(spec.shards):
+        rank = first_rank + number
+        device = device_type
+        if device_type != "cpu":
+            device += f":{rank % local_size}"
+        shard.placement = _remote_device(f"rank:{rank}/{device}")
+        ranks.append(rank)
+    table.ranks = ranks

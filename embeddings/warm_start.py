@@ -67,7 +67,7 @@ def carry_rows(
         source_N    array([4, -1, 5, 0, -1, -1])
         group_N     array([0,  0, 0, 1,  1, -1])
     """
-    first, tensors = table.shard()
+    first, tensors = table.local_rows()
     local_N = table.scatter.row(
         np.arange(first, first + len(tensors["weight"]))
     )

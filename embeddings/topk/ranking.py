@@ -129,7 +129,9 @@ class ExactRanking:
             first, items, block, self.world_size, self._ranked_N
         )
         first_stored_row, _ = table.shard()
-        self._starts_W = self._gather_numbers(first_stored_row)
+        starts_W = self._gather_numbers(first_stored_row)
+        # Where the table has copies, parts do not lie as the ranks do.
+        self._starts_W, self._ranks_W = starts_W.sort()
 
     @torch.no_grad()
     def top_k(
@@ -346,8 +348,8 @@ class ExactRanking:
             users_E = users_E[is_ranked_E]
             rows_E = rows_E[is_ranked_E]
         stored_E = self.table.scatter.stored(rows_E)
-        owner_E = torch.searchsorted(self._starts_W, stored_E, right=True) - 1
-        owner_E, order_E = owner_E.sort()
+        part_E = torch.searchsorted(self._starts_W, stored_E, right=True) - 1
+        owner_E, order_E = self._ranks_W[part_E].sort()
         sent_W = torch.bincount(owner_E, minlength=self.world_size)
         received_W = torch.empty_like(sent_W)
         dist.all_to_all_single(received_W, sent_W)

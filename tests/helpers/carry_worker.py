@@ -4,6 +4,7 @@ torchrun --nproc-per-node N -m tests.helpers.carry_worker save|carry OUTPUT [FOL
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,12 +24,18 @@ OLD, NEW, DIM = 6003, 7007, 4
 CONFIG = TableConfig(
     optimizer="rowwise_adagrad", learning_rate=0.1, init_std=0.05
 )
+GROUP_SIZES = {4: 2}  # ranks of a copy, where they have more than one
 GROUPS = (
     (0, 3000),
     (3000, 5500),
     (5500, 5700),
 )  # of the new table; the last one was not there before; the rest is nobody's
 FRESH = 100  # rows of each group without a source
+
+
+def config():
+    """The settings at this number of ranks."""
+    return replace(CONFIG, group_size=GROUP_SIZES.get(dist.get_world_size(), 0))
 
 
 def mapping():
@@ -66,7 +73,7 @@ def contents(table):
 def save(output):
     """A table after three updates by all ranks together, its files and its contents."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    table = ItemTable(OLD, DIM, CONFIG, 1, "cpu")
+    table = ItemTable(OLD, DIM, config(), 1, "cpu")
     for number in range(3):
         ids = np.random.default_rng(number).integers(0, OLD, 4000)[rank::ranks]
         table(torch.from_numpy(ids))
@@ -90,7 +97,7 @@ def carry(output, *saved, kept=1.0):
     """Each saved table carried into a new one."""
     for folder in map(Path, saved):
         start, expected = by_hand(np.load(folder / "contents.npz"))
-        table = ItemTable(NEW, DIM, CONFIG, 2, "cpu", filled=False)
+        table = ItemTable(NEW, DIM, config(), 2, "cpu", filled=False)
         with mock.patch("embeddings.warm_start.safe_open", Counted):
             Counted.opens = Counted.rows = 0
             carry_rows(table, folder, *mapping(), CONFIG.init_std, kept)
@@ -107,7 +114,7 @@ def carry(output, *saved, kept=1.0):
 def by_hand(before):
     """The vectors that all rows of the new table are drawn, and the whole table by the plain way: every row is drawn, those
     that were there are put over them, and the others begin from what was drawn."""
-    table = ItemTable(NEW, DIM, CONFIG, 2, "cpu")
+    table = ItemTable(NEW, DIM, config(), 2, "cpu")
     start = contents(table)["weight"]
     with table.rewritten() as (first, tensors):
         own_N = table.scatter.row(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from trainer.checkpoint.layout import list_checkpoints
@@ -31,13 +32,21 @@ def tensors(run: Path):
             f"{name}: {key}": value
             for key, value in load_file(folder / f"{name}.safetensors").items()
         }
-    shards = [
-        load_file(file) for file in sorted(folder.glob("table-*.safetensors"))
-    ]
+    shards = [load_file(file) for file in table_files(folder)]
     return found | {
         f"table: {key}": np.concatenate([shard[key] for shard in shards])
         for key in shards[0]
     }
+
+
+def table_files(folder: Path) -> list[Path]:
+    """A checkpoint's table files in the order of their rows: copies of the table do not lie as the ranks do."""
+
+    def first_row(file):
+        with safe_open(file, framework="np") as stored:
+            return int(stored.metadata()["first_stored_row"])
+
+    return sorted(folder.glob("table-*.safetensors"), key=first_row)
 
 
 def assert_same(run: Path, other: Path, tolerance=0.0):

@@ -22,10 +22,13 @@ def servers(hosts):
             server.close()
 
 
-def start(hosts, forked, folder, script, *arguments, port):
-    """Starts `deepspeed` on both, by `servers`; their processes, which write to folder/host0.log and host1.log."""
+def start(hosts, forked, folder, script, *arguments, port, slots=1):
+    """Starts `deepspeed` on both, by `servers`; their processes, which write to folder/host0.log and host1.log.
+
+    slots: ranks of a host.
+    """
     (folder / "hostfile").write_text(
-        "".join(f"{address} slots=1\n" for *_, address in hosts)
+        "".join(f"{address} slots={slots}\n" for *_, address in hosts)
     )
     processes = []
     for rank, (name, cable, _) in enumerate(hosts):

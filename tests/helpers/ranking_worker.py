@@ -39,9 +39,11 @@ def by(way):
 
 def table_of(m_NR, device="cpu", config=None):
     """An ItemTable with these vectors as its rows of M."""
-    table = ItemTable(
-        len(m_NR), m_NR.shape[1], config or TableConfig(), 0, device
-    )
+    if config is None:
+        # Four ranks have two copies, of which each rank scores a part.
+        size = 2 if dist.get_world_size() == 4 else 0
+        config = TableConfig(group_size=size)
+    table = ItemTable(len(m_NR), m_NR.shape[1], config, 0, device)
     with table.rewritten() as (first, tensors):
         weight = tensors["weight"]
         rows = table.scatter.row(torch.arange(first, first + len(weight)))

@@ -25,8 +25,15 @@ ROWS, DIM, SEED = (
     5,
 )  # three blocks of initial rows; no number of ranks divides it
 RATES = (0.05, 0.05, 0.2)
-COARSE = ("fp16", "bf16")
+COARSE = {2: ("fp16", "bf16", "int8"), 4: ("bf16",)}  # by number of ranks
 CONFIG = TableConfig(learning_rate=RATES[0], eps=1e-4)
+# Four ranks have two copies of the table.
+GROUP_SIZES = {4: 2}
+
+
+def config():
+    """The settings at this number of ranks."""
+    return replace(CONFIG, group_size=GROUP_SIZES.get(dist.get_world_size(), 0))
 
 
 def step(number):
@@ -87,10 +94,10 @@ def main(output, *saved):
     """All of it, in a process group that is there."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     results = {}
-    table = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    table = ItemTable(ROWS, DIM, config(), SEED, "cpu")
     results["start"] = everything(table, rank)
     results["other_seed"] = everything(
-        ItemTable(ROWS, DIM, CONFIG, SEED + 1, "cpu"), rank
+        ItemTable(ROWS, DIM, config(), SEED + 1, "cpu"), rank
     )
     for number, rate in enumerate(RATES):
         looked_up, ids = make_step(table, number, rate)
@@ -100,20 +107,31 @@ def main(output, *saved):
         results[f"after_{number}"] = everything(table, rank)
     looked_up_ahead(results, rank)
     results |= bags_of_a_look_up()
-    in_one_bag()
-    if ranks == 2:
-        results |= {
-            f"{precision}_{name}": value
-            for precision in COARSE
-            for name, value in coarse(precision, rank).items()
-        }
+    if ranks not in GROUP_SIZES:
+        in_one_bag()
+    results |= {
+        f"{precision}_{name}": value
+        for precision in COARSE.get(ranks, ())
+        for name, value in coarse(precision, rank).items()
+    }
     if ranks == 3:  # two rows each: the last rank would have none
         with pytest.raises(
             ValueError,
             match="a table of 4 rows leaves some of 3 ranks without one",
         ):
             ItemTable(4, DIM, CONFIG, SEED, "cpu")
-    ItemTable(5, DIM, CONFIG, SEED, "cpu")
+        with pytest.raises(
+            ValueError, match=r"table\.group_size=2: 3 ranks cannot be cut"
+        ):
+            ItemTable(ROWS, DIM, replace(CONFIG, group_size=2), SEED, "cpu")
+    if ranks == 4:  # the second shard would have one row for two copies
+        with pytest.raises(
+            ValueError,
+            match="a table of 3 rows leaves some of 4 ranks without one",
+        ):
+            ItemTable(3, DIM, config(), SEED, "cpu")
+        copies_are_equal(table)
+    ItemTable(5, DIM, config(), SEED, "cpu")
     folder = output / f"saved-{ranks}"
     if rank == 0:
         folder.mkdir()
@@ -125,7 +143,7 @@ def main(output, *saved):
     assert copy.write(folder) == f"table-{rank:05d}-of-{ranks:05d}.safetensors"
     dist.barrier()
     for other in (folder, *saved):
-        loaded = ItemTable(ROWS, DIM, CONFIG, SEED + 2, "cpu")
+        loaded = ItemTable(ROWS, DIM, config(), SEED + 2, "cpu")
         load_shard(loaded, other)
         results |= {
             f"state_{name}_from_{other.name}": value
@@ -139,10 +157,23 @@ def main(output, *saved):
     dist.barrier()
 
 
+def copies_are_equal(table):
+    """To the bit: each rank holds what the rank as far in the other group does, and answers for another part of it."""
+    first, tensors = table.local_rows()
+    part, _ = table.shard()
+    for tensor in (torch.tensor([first]), *tensors.values()):
+        held = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(held, tensor, group=table.groups.replicas)
+        assert torch.equal(*held)
+    parts = [torch.zeros(1, dtype=torch.int64) for _ in range(4)]
+    dist.all_gather(parts, torch.tensor([part]))
+    assert len(set(map(int, parts))) == 4
+
+
 def looked_up_ahead(results, rank):
     """The same steps with the next step's ids on their way before this one's update: equal to the bit."""
     table, ranks = (
-        ItemTable(ROWS, DIM, CONFIG, SEED, "cpu"),
+        ItemTable(ROWS, DIM, config(), SEED, "cpu"),
         dist.get_world_size(),
     )
     exchange = None
@@ -162,7 +193,7 @@ def looked_up_ahead(results, rank):
 
 def bags_of_a_look_up():
     """Into how many bags this rank cuts ids (none, few, many) before they are sent, and how many come to its kernel."""
-    table = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    table = ItemTable(ROWS, DIM, config(), SEED, "cpu")
     received = []
 
     def note(module, arguments, named):
@@ -185,8 +216,8 @@ def bags_of_a_look_up():
 
 def in_one_bag():
     """The same steps with all ids of a rank in one bag: look-ups, weights and states are equal to the bit."""
-    several = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
-    one = ItemTable(ROWS, DIM, CONFIG, SEED, "cpu")
+    several = ItemTable(ROWS, DIM, config(), SEED, "cpu")
+    one = ItemTable(ROWS, DIM, config(), SEED, "cpu")
     for number, rate in enumerate(RATES):
         looked_up, _ = make_step(several, number, rate)
         with pytest.MonkeyPatch.context() as patch:
@@ -200,7 +231,7 @@ def in_one_bag():
 def coarse(precision, rank):
     """What comes of the steps where rows and gradients travel in a coarser format: rows as stored, and as looked up."""
     table = ItemTable(
-        ROWS, DIM, replace(CONFIG, communication=precision), SEED, "cpu"
+        ROWS, DIM, replace(config(), communication=precision), SEED, "cpu"
     )
     for number, rate in enumerate(RATES):
         make_step(table, number, rate, scale=1e-8 if number == 1 else 1.0)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers import HELPERS
+from tests.helpers.left import table_files
 from tests.ranks.conftest import ranks_of, run
 
 WORKER = HELPERS.joinpath("stages.py")
@@ -40,7 +41,6 @@ def read(folder: Path) -> Outcome:
     checkpoint = (
         folder / json.loads((folder / "best.json").read_text())["folder"]
     )
-    shards = sorted(checkpoint.glob("table-*.safetensors"))
     return Outcome(
         losses=np.array(
             [
@@ -59,7 +59,9 @@ def read(folder: Path) -> Outcome:
         lambdas=np.array([list(s["lambda"].values()) for s in steps]),
         norms=np.array([s["gradient_norm"] for s in steps], float),
         dense=load_file(checkpoint / "dense.safetensors"),
-        table=np.concatenate([load_file(shard)["weight"] for shard in shards]),
+        table=np.concatenate(
+            [load_file(shard)["weight"] for shard in table_files(checkpoint)]
+        ),
         test=records[-1],
     )
 
@@ -82,20 +84,22 @@ def outcomes(dataset, steps, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
 
     @functools.cache
-    def started(ranks, stages):
-        own = f"max_steps={steps}"
-        output = folder / f"{ranks}-{'-'.join(stages)}"
-        run(ranks_of(ranks, WORKER, dataset, output, *stages, own))
+    def started(ranks, stages, group_size):
+        own = [f"max_steps={steps}", f"table.group_size={group_size}"]
+        output = folder / f"{ranks}-{group_size}-{'-'.join(stages)}"
+        run(ranks_of(ranks, WORKER, dataset, output, *stages, *own))
         return {stage: read(output / stage) for stage in stages}
 
-    def outcome(ranks, stage):
+    def outcome(ranks, stage, group_size=0):
+        if group_size:
+            return started(ranks, (stage,), group_size)[stage]
         # Four ranks take long on two cores: each of their stages may run without the others.
         stages = (*STAGES, ACCUMULATED[0])
         if ranks == 4:
             stages = (stage,)
         elif stage not in stages:
             stages = tuple(ACCUMULATED[1:])
-        return started(ranks, stages)[stage]
+        return started(ranks, stages, 0)[stage]
 
     return outcome
 
@@ -134,6 +138,27 @@ def test_same_run(outcomes, steps, ranks, stage):
         assert np.linalg.norm(other.dense[name] - weights) <= tolerance * max(
             np.linalg.norm(weights), 1e-3
         ), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "group_size"),
+    [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
+def test_copies_of_the_table_change_nothing(outcomes, steps, ranks, group_size):
+    """Two groups of ranks with a copy each, after one copy on all ranks."""
+    one = outcomes(ranks, "2")
+    two = outcomes(ranks, "2", group_size)
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(two.lambdas, one.lambdas, rtol=1e-5)
+    np.testing.assert_allclose(two.norms, one.norms, rtol=1e-5)
+    difference = np.linalg.norm(two.table - one.table)
+    assert difference <= 1e-6 * np.linalg.norm(one.table)
+    print(
+        f"{ranks} ranks, {steps} steps: losses",
+        np.abs(two.losses / one.losses - 1).max(),
+        "table",
+        difference / np.linalg.norm(one.table),
+    )
 
 
 @pytest.mark.parametrize(

@@ -206,10 +206,14 @@ def load_trained_model(
     matched = None
     if record["dataset"] != dataset.fingerprint:
         matched = match_model(run, folder, record["dataset"], dataset, ranks)
-    # Nothing is trained here: an optimizer without state, and a placement that any device has,
-    # whatever the run was trained with.
+    # Nothing is trained here: an optimizer without state, a placement that any device has, and one
+    # copy on however many ranks there are, whatever the run was trained with.
     table_config = replace(
-        config.table, optimizer="sgd", placement="auto", communication="fp32"
+        config.table,
+        optimizer="sgd",
+        placement="auto",
+        communication="fp32",
+        group_size=0,
     )
     domains = len(dataset.domains)
     slot = slot or TableSlot()

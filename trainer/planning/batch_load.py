@@ -28,6 +28,7 @@ class BatchLoad:
         imbalance: tokens of a batch's fullest rank over its mean.
         rows: distinct rows that are looked up.
         steps: steps of an epoch.
+        uses_D: interactions of each domain.
         sample: the users of the fullest rank and batch, by which it can be drawn again.
     """
 
@@ -38,6 +39,7 @@ class BatchLoad:
     imbalance: float
     rows: float
     steps: int
+    uses_D: np.ndarray
     sample: np.ndarray
 
     @property
@@ -81,6 +83,7 @@ def measure_load(config: RunConfig, dataset: Dataset, ranks: int) -> BatchLoad:
         imbalance=float(np.mean(imbalances)),
         rows=count_rows(config, dataset, uses_D),
         steps=steps,
+        uses_D=uses_D,
         sample=sample,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from embeddings.config import optimizer_name
 from embeddings.placement import Capacity, HostNeeds, Room, plan_capacity
+from embeddings.replicas import count_ranks_of_group
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
 from trainer.evaluation.inspect import InspectionConfig
@@ -74,10 +75,12 @@ def plan_table(
 ) -> Capacity:
     """Where a rank's rows lie, and what they take; a run plans the same.
 
-    Raises ValueError, with the arithmetic, where they fit nowhere.
+    Raises ValueError, with the arithmetic, where they fit nowhere, and where so many ranks cannot be
+    cut into table.group_size.
     """
     loaders = estimate_loader_bytes(config, dataset, ranks)
-    rows = -(-dataset.num_embeddings // ranks)
+    size = count_ranks_of_group(config.table, ranks)
+    rows = -(-dataset.num_embeddings // size)
     return plan_capacity(
         config.table,
         optimizer_name(config.table),
@@ -85,6 +88,7 @@ def plan_table(
         config.model.dim,
         room,
         HostNeeds(checkpoints=True, loaders=loaders),
+        copies=ranks // size,
     )
 
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+from embeddings.replicas import count_ranks_of_group
 from trainer.config.run import RunConfig
 from trainer.data.format.dataset import Dataset
+from trainer.errors import InputError
 from trainer.planning import step_model, traffic
-from trainer.planning.batch_load import BatchLoad, measure_load
+from trainer.planning.batch_load import BatchLoad, count_rows, measure_load
 from trainer.planning.host_memory import reset_peak, resident_bytes
 from trainer.planning.machines import (
     COMPARISON_EFFICIENCY,
@@ -31,6 +33,7 @@ _LIMITS = {
     "dense": "the dense model's gradients on their way (all-reduce)",
     "SC-MIM": "SC-MIM's vectors on their way",
     "messages": "the number of messages",
+    "copies": "gradients between copies of the table",
 }
 
 
@@ -81,6 +84,10 @@ def make_plan(
 
     Raises InputError where the dataset cannot be cut for so many ranks.
     """
+    try:
+        count_ranks_of_group(config.table, machines.ranks)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     load = measure_load(config, dataset, machines.ranks)
     on_device = machines.device is not None
     trial = try_model(config, dataset, load, timed and not on_device, on_device)
@@ -120,6 +127,8 @@ def count_sent(
     """{part: what a rank sends for it in a step}; nothing of one rank alone."""
     ranks = machines.ranks
     candidates = config.model.mutual_information_candidates
+    copies = _count_copies(config, dataset, ranks, load)
+    sharing = traffic.count_members("rows", ranks, copies)
     by_part = traffic.expected(
         ranks,
         config.model.dim,
@@ -127,8 +136,10 @@ def count_sent(
         load.users,
         weights,
         zero_stage(config),
-        load.rows * (ranks - 1) / ranks,
+        load.rows * (sharing - 1) / sharing,
         candidates,
+        config.table.communication,
+        copies,
     )
     collectives = traffic.count_collectives(ranks, load.users, candidates)
     sent = {}
@@ -136,7 +147,8 @@ def count_sent(
         if part.startswith("SC-MIM") and not _compares_all(config):
             continue
         kind, count = collectives[part]
-        messages = count * traffic.messages(kind, ranks)
+        members = traffic.count_members(part, ranks, copies)
+        messages = count * traffic.messages(kind, members)
         sent[part] = Sent(count, messages, size)
     return sent
 
@@ -181,6 +193,8 @@ def predict_seconds(
         zero_stage=zero_stage(config),
         global_negatives=_compares_all(config),
         candidates=config.model.mutual_information_candidates,
+        communication=config.table.communication,
+        copies=_count_copies(config, dataset, machines.ranks, load),
     )
     return step_model.cluster_step(
         share,
@@ -188,6 +202,20 @@ def predict_seconds(
         machines.ranks,
         machines.between_gbit,
         load.tokens / compute,
+    )
+
+
+def _count_copies(
+    config: RunConfig, dataset: Dataset, ranks: int, load: BatchLoad
+) -> traffic.Copies | None:
+    """Which rows a group and all ranks look up; None where the table has one copy."""
+    size = count_ranks_of_group(config.table, ranks)
+    if size == ranks:
+        return None
+    return traffic.Copies(
+        size,
+        count_rows(config, dataset, load.uses_D * size),
+        count_rows(config, dataset, load.uses_D * ranks),
     )
 
 
@@ -217,12 +245,16 @@ def _scale(
     trial: Trial,
     process: float,
 ) -> Scaled:
-    """The plan's users a rank, on so many ranks."""
+    """The plan's users a rank, on so many ranks; with one copy of the table where they have no groups."""
     config = replace(config, global_batch_size=machines.ranks * load.users)
+    group_size = config.table.group_size
+    if group_size and machines.ranks % group_size:
+        config = replace(config, table=replace(config.table, group_size=0))
     memory = plan_memory(config, dataset, machines, load, trial, process)
     seconds = predict_seconds(config, dataset, machines, load, trial)
     alone = replace(machines, ranks=1, hosts=1)
-    alone_seconds = predict_seconds(config, dataset, alone, load, trial)
+    one_copy = replace(config, table=replace(config.table, group_size=0))
+    alone_seconds = predict_seconds(one_copy, dataset, alone, load, trial)
     sent = count_sent(config, dataset, machines, load, trial.weights)
     total = sum(seconds.values())
     return Scaled(

@@ -218,6 +218,12 @@ def assumptions(plan: Plan, config: RunConfig) -> Iterator[str]:
         "Lengths are the dataset's, batches the run's own (eight of the first epoch); rows follow "
         "from how popular items are."
     )
+    size = config.table.group_size
+    if size:
+        yield (
+            f"The table: a copy for each {size} ranks (table.group_size); where it does not divide "
+            "the ranks, one copy."
+        )
     if plan.trial.whole.tokens < plan.load.most_tokens:
         half = _whole(plan.trial.half.tokens)
         whole = _whole(plan.trial.whole.tokens)

@@ -16,6 +16,7 @@ five can be negative; they are those with the least sum of squared relative erro
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,8 @@ from trainer.planning import traffic
 
 PARAMETERS = ("fixed", "per_token", "per_message", "per_byte", "exposed")
 _EXCHANGES = 5  # all-to-alls: numbers, lengths, ids, rows, gradients
-_ROWS = ("numbers of ids", "ids", "rows", "row gradients")
+# Numbers and ids, there and back; gradients there, sums back.
+_BETWEEN_COLLECTIVES = {traffic.IDS_BETWEEN: 4, traffic.GRADIENTS_BETWEEN: 2}
 _DENSE = ("dense gradients", "dense weights")
 _INFORMATION = ("SC-MIM", "SC-MIM gradients")
 
@@ -131,6 +133,8 @@ class Load:
         zero_stage: of DeepSpeed.
         global_negatives: whether SC-MIM's other users are those of all ranks, or of this one.
         candidates: users a domain that stand for all of them; 0: all do for themselves.
+        communication: table.communication.
+        copies: of the table; None: there is one.
     """
 
     tokens: float
@@ -142,6 +146,8 @@ class Load:
     zero_stage: int
     global_negatives: bool = True
     candidates: int = 0
+    communication: str = "fp32"
+    copies: traffic.Copies | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,14 @@ class _Links:
     inside: float
     between: float
 
-    def all_to_all(self, sent: float) -> float:
-        """Seconds: what goes to other hosts passes the host's own cable, that of all its GPUs."""
-        others = max(0, self.gpus - self.per_host)
-        leaving = sent * others / (self.gpus - 1)
+    def all_to_all(self, sent: float, members: int, near: int) -> float:
+        """Seconds: what goes to other hosts passes the host's own cable, that of all its GPUs.
+
+        members: ranks that exchange. near: those of them that are on this rank's host.
+        """
+        if members == 1:
+            return 0
+        leaving = sent * max(0, members - near) / (members - 1)
         staying = sent - leaving
         on_cable = self.per_host * leaving / self.between
         return staying / self.inside + on_cable
@@ -186,6 +196,7 @@ def cluster_step(
       domains · width operations; those against as many as its own are in its tokens' time.
     - rows (ids, rows, their gradients; all-to-all): what goes to other hosts passes the host's
       own cable, that of all its GPUs.
+    - copies of the table: what replicas tell each other, over the same cable.
     - dense, SC-MIM (rings): inside a host at the GPUs' links; between hosts once for each host.
     - messages: so much for each hop of each collective, and for each rank of an all-to-all.
     """
@@ -201,19 +212,30 @@ def cluster_step(
         between=between_gbit * 1e9 / 8,
     )
     pairs = _pair_operations(load, gpus)
-    return {
+    sharing = traffic.count_members("rows", gpus, load.copies)
+    seconds = {
         "compute": compute,
         "SC-MIM's pairs": pairs / cluster.fp32_flops,
-        "rows": links.all_to_all(_sum_of(sent, _ROWS)),
+        "rows": links.all_to_all(
+            _sum_of(sent, traffic.ROWS), sharing, cluster.per_host
+        ),
         "dense": links.ring(_sum_of(sent, _DENSE)),
         "SC-MIM": links.ring(_sum_of(sent, _INFORMATION)),
-        "messages": _message_seconds(cluster, gpus, len(sent)),
+        "messages": _message_seconds(cluster, gpus, sent, load.copies),
     }
+    if load.copies:
+        seconds["copies"] = links.all_to_all(
+            _sum_of(sent, traffic.BETWEEN),
+            gpus // sharing,
+            max(1, cluster.per_host // sharing),
+        )
+    return seconds
 
 
 def _sent_by_part(load: Load, gpus: int) -> dict[str, float]:
     """Bytes that a rank sends, by part; none for SC-MIM where its users are this rank's."""
-    foreign = load.rows * (gpus - 1) / gpus
+    sharing = traffic.count_members("rows", gpus, load.copies)
+    foreign = load.rows * (sharing - 1) / sharing
     sent = traffic.expected(
         gpus,
         load.dim,
@@ -223,6 +245,8 @@ def _sent_by_part(load: Load, gpus: int) -> dict[str, float]:
         load.zero_stage,
         foreign,
         load.candidates,
+        load.communication,
+        load.copies,
     )
     if not load.global_negatives:
         for part in _INFORMATION:
@@ -250,9 +274,22 @@ def _pair_operations(load: Load, gpus: int) -> float:
     return 6 * load.users * others * width
 
 
-def _message_seconds(cluster: Cluster, gpus: int, collectives: int) -> float:
+def _message_seconds(
+    cluster: Cluster,
+    gpus: int,
+    parts: Iterable[str],
+    copies: traffic.Copies | None,
+) -> float:
     """Seconds of hops and of peers, whatever they carry."""
-    hops = math.ceil(math.log2(gpus))
-    of_hops = collectives * hops * cluster.message_microseconds
-    of_peers = _EXCHANGES * gpus * cluster.peer_microseconds
+    hops = 0
+    for part in parts:
+        members = traffic.count_members(part, gpus, copies)
+        collectives = _BETWEEN_COLLECTIVES.get(part, 1)
+        hops += collectives * math.ceil(math.log2(members))
+    sharing = traffic.count_members("rows", gpus, copies)
+    peers = _EXCHANGES * sharing
+    if copies:
+        peers += sum(_BETWEEN_COLLECTIVES.values()) * (gpus // sharing)
+    of_hops = hops * cluster.message_microseconds
+    of_peers = peers * cluster.peer_microseconds
     return (of_hops + of_peers) * 1e-6

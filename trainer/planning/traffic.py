@@ -6,9 +6,11 @@ benchmarks/messages.py. Backends use other algorithms for small tensors, and NCC
 
 from dataclasses import dataclass
 
+from embeddings.codecs import gradient_bytes, row_bytes
 from embeddings.table import count_bags
 
 _ID = 8  # bytes of a row's number as TorchRec sends it
+_SHORT_ID = 4  # as replicas send it
 _LENGTH = 4  # of the number of ids in a bag
 # Both norms and the probe of what is not finite; the ranks' signals.
 _CHECKED = 3 + 4
@@ -18,6 +20,10 @@ ALL_REDUCE = "all_reduce"
 _ALL_TO_ALL = "all_to_all_single"
 _ALL_GATHER = "all_gather"
 _SUMS = "φ, λ and means"
+ROWS = ("numbers of ids", "ids", "rows", "row gradients")
+IDS_BETWEEN = "ids between copies"
+GRADIENTS_BETWEEN = "gradients between copies"
+BETWEEN = (IDS_BETWEEN, GRADIENTS_BETWEEN)
 _GATHERS = ("all_gather", "all_gather_into_tensor")
 
 # Each part of a step: the collective that it is, and how many of them.
@@ -26,6 +32,9 @@ _COLLECTIVES = {
     "ids": (_ALL_TO_ALL, 1),
     "rows": (_ALL_TO_ALL, 1),
     "row gradients": (_ALL_TO_ALL, 1),
+    # Half of them are all-gathers, which have as many messages.
+    IDS_BETWEEN: (_ALL_TO_ALL, 4),
+    GRADIENTS_BETWEEN: (_ALL_TO_ALL, 2),
     _SUMS: (ALL_REDUCE, 1),
     "SC-MIM": (_ALL_GATHER, 2),
     "SC-MIM gradients": (_ALL_GATHER, 1),
@@ -39,6 +48,21 @@ _OF_SAMPLE = {
     "SC-MIM gradients": (ALL_REDUCE, 1),
     _SUMS: (ALL_REDUCE, 2),
 }
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies of the table on groups of ranks (embeddings/replicas.py).
+
+    Attributes:
+        ranks: of a group.
+        group_rows: distinct rows that a group looks up in a step.
+        rows: distinct rows that all ranks look up.
+    """
+
+    ranks: int
+    group_rows: float
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,8 @@ def expected(
     zero_stage: int,
     foreign: float,
     candidates: int = 0,
+    communication: str = "fp32",
+    copies: Copies | None = None,
 ) -> dict[str, float]:
     """{part: bytes that a rank sends in a step, the mean over ranks}.
 
@@ -93,19 +119,23 @@ def expected(
         foreign: rows that a rank looks up at others, the mean over ranks.
         candidates: users a domain that stand for all of a larger batch in SC-MIM; 0: all do for
             themselves.
+        communication: table.communication, which says how long a row is on its way.
+        copies: of the table; None: there is one, on all ranks.
     """
     if world == 1:
         return {}
+    sharing = copies.ranks if copies else world
     others = (world - 1) / world
     gathered = users * domains * _FLOAT * dim
     # The vectors, and which of them there are.
     shown = gathered + users * domains
     by_part = {
         # How many lengths, ids and bags go to each rank; the lengths of the bags.
-        "numbers of ids": (world - 1) * (3 * _ID + count_bags(world) * _LENGTH),
+        "numbers of ids": (sharing - 1)
+        * (3 * _ID + count_bags(sharing) * _LENGTH),
         "ids": foreign * _ID,
-        "rows": foreign * _FLOAT * dim,
-        "row gradients": foreign * _FLOAT * dim,
+        "rows": foreign * row_bytes(communication, dim),
+        "row gradients": foreign * gradient_bytes(communication, dim),
         _SUMS: 2 * others * 8 * 8 * domains,
         "SC-MIM": (world - 1) * shown,
         "SC-MIM gradients": (world - 1) * gathered,
@@ -119,9 +149,35 @@ def expected(
         by_part["SC-MIM gradients"] = sample
         # Which of them there are; users by domain.
         by_part[_SUMS] += 2 * others * 8 * domains * (candidates + 1)
+    if copies:
+        by_part |= _between_copies(world, dim, communication, copies)
     if zero_stage in (1, 2):
         by_part["dense weights"] = others * _FLOAT * weights
     return by_part
+
+
+def _between_copies(
+    world: int, dim: int, communication: str, copies: Copies
+) -> dict[str, float]:
+    """What a rank sends its replicas: its group's rows to those that sum them, and its own sums."""
+    groups = world // copies.ranks
+    others = groups - 1
+    summed = others / groups * copies.group_rows / copies.ranks
+    rows = summed + others * copies.rows / world
+    return {
+        # Two numbers to each, how many rows come.
+        IDS_BETWEEN: others * 2 * _ID + rows * _SHORT_ID,
+        GRADIENTS_BETWEEN: rows * gradient_bytes(communication, dim),
+    }
+
+
+def count_members(part: str, world: int, copies: Copies | None) -> int:
+    """How many ranks take part in a part's collectives."""
+    if copies and part in ROWS:
+        return copies.ranks
+    if copies and part in BETWEEN:
+        return world // copies.ranks
+    return world
 
 
 def count_collectives(

@@ -9,7 +9,8 @@ SETTINGS = messages.Settings(
 )
 COUNTED = {
     "ranks": 2,
-    "model": {"dim": 16, "domains": 3, "weights": 1000, "zero_stage": 0, "candidates": 0},
+    "model": {"dim": 16, "domains": 3, "weights": 1000, "zero_stage": 0, "candidates": 0,
+              "communication": "fp32"},
     "rows": {"asked": 100.0, "foreign": 50.0},
     "parts": {
         "rows": {

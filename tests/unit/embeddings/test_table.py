@@ -22,14 +22,14 @@ from embeddings.table import ItemTable, bag_lengths, count_bags
 from tests.helpers import table_worker
 from tests.helpers.alone import group_of_one
 from tests.helpers.rank_processes import run_on_cpu_ranks
-from tests.helpers.table_worker import CONFIG, RATES, ROWS, step
+from tests.helpers.table_worker import CONFIG, GROUP_SIZES, RATES, ROWS, step
 
-RANKS = (2, 1, 3)
+RANKS = (2, 4, 1, 3)  # four: two groups of two, with a copy each
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the worker finds at each number of ranks; those after two ranks also load what two ranks saved."""
+    """What the worker finds at each number of ranks, each of which also loads what those before saved."""
     folder, saved, found = tmp_path_factory.mktemp("table"), [], {}
     for ranks in RANKS:
         if ranks == 1:
@@ -106,7 +106,8 @@ def test_updates_are_those_of_a_dense_table(results, ranks):
 def test_ids_are_looked_up_in_many_bags(results, ranks):
     """A device sorts and looks up bags at the same time, and the ids of one bag after each other."""
     assert results[ranks]["bags_sent"].tolist() == [2048] * 3
-    assert results[ranks]["bags_received"].tolist() == [2048 * ranks] * 3
+    asking = GROUP_SIZES.get(ranks, ranks)
+    assert results[ranks]["bags_received"].tolist() == [2048 * asking] * 3
 
 
 @given(ids=st.integers(0, 10**6), bags=st.integers(1, 5000))
@@ -129,13 +130,19 @@ def test_many_ranks_have_fewer_bags_each(ranks, bags):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("precision", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)]
+    ("ranks", "precision", "step"),
+    [
+        (2, "fp16", 2.0**-11),
+        (2, "bf16", 2.0**-8),
+        (2, "int8", 1.01 / 255),
+        (4, "bf16", 2.0**-8),
+    ],
 )
-def test_rows_and_gradients_may_travel_in_half_precision(
-    results, precision, step
+def test_rows_and_gradients_may_travel_in_fewer_bits(
+    results, precision, step, ranks
 ):
     """The rows that are kept stay fp32; what travels is rounded: rows to the format, gradients, of 1e-8 or of 1, to bf16."""
-    found, scales = results[2], (1.0, 1e-8, 1.0)
+    found, scales = results[ranks], (1.0, 1e-8, 1.0)
     *_, (expected, squares) = adagrad(results[1]["start"], RATES, scales)
     stored, moved = (
         found[f"{precision}_stored"],
@@ -161,7 +168,11 @@ def test_rows_and_gradients_may_travel_in_half_precision(
 
 
 MOVES = pytest.mark.parametrize(
-    ("saved", "loaded"), [(2, 1), (2, 2), (2, 3), (1, 1), (1, 3), (3, 3)]
+    ("saved", "loaded"),
+    [
+        *((2, 1), (2, 2), (2, 3), (2, 4), (4, 4)),
+        *((4, 1), (4, 3), (1, 1), (1, 3), (3, 3)),
+    ],
 )
 
 

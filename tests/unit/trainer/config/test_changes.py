@@ -46,6 +46,7 @@ ON_RESUME = {
     "table.placement",
     "table.cache_share",
     "table.device_share",
+    "table.group_size",
     "stream.workers",
     "stream.prefetch",
     "stream.verify",

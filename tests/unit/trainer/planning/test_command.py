@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launch.train
+from embeddings.placement import Room
 from tests.helpers.alone import as_a_script
 from tests.unit.trainer.planning.test_memory import (  # noqa: F401
     SETTINGS,
@@ -19,7 +20,13 @@ from trainer.errors import InputError
 from trainer.planning.batch_load import measure_load
 from trainer.planning.command import _count_hosts
 from trainer.planning.machines import DEVICES, Machines, find_device
-from trainer.planning.prediction import RANKS, make_plan, predict_seconds
+from trainer.planning.memory import plan_table
+from trainer.planning.prediction import (
+    RANKS,
+    count_sent,
+    make_plan,
+    predict_seconds,
+)
 from trainer.planning.traffic import expected
 
 
@@ -82,6 +89,7 @@ def test_a_plan_of_one_rank_sends_nothing(plan):
         (["--gpu", "abacus"], "give A100, H100, H200"),
         (["--between-gbit", "0"], "more than 0"),
         (["--ranks", "9"], "9 ranks, but"),
+        (["--ranks", "4", "table.group_size=3"], "table.group_size=3: 4 ranks"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(plan, words, line, capsys):
@@ -133,6 +141,34 @@ def run(dataset):  # noqa: F811
     """Settings, dataset, and what a step brings."""
     config = load_config([], SETTINGS)
     return config, dataset, measure_load(config, dataset, 8)
+
+
+def test_a_plan_knows_copies_of_the_table(run):
+    """Popular rows are in many ranks' batches, so all ranks look fewer up than each for itself."""
+    one, dataset, load = run  # noqa: F811
+    words = [*SETTINGS, "table.group_size=4", "table.communication=int8"]
+    two = load_config([], words)
+    machines = Machines(8, 2, DEVICES["H200"], 100)
+    before = count_sent(one, dataset, machines, load, 1000)
+    sent = count_sent(two, dataset, machines, load, 1000)
+    assert before["rows"].bytes == load.rows * 7 / 8 * 4 * 8
+    assert sent["rows"].bytes == load.rows * 3 / 4 * (8 + 8)
+    rows = (sent["ids between copies"].bytes - 2 * 8) / 4
+    assert load.rows / 8 < rows < load.rows
+    assert sent["gradients between copies"].bytes == pytest.approx(rows * 2 * 8)
+    assert sent["gradients between copies"].messages == 2
+    assert sent["row gradients"].messages == 3
+    assert set(sent) - set(before) == {
+        "ids between copies",
+        "gradients between copies",
+    }
+    seconds = predict_seconds(two, dataset, machines, load, TRIAL)
+    assert seconds["copies"] > 0
+    room = Room(None, 2**60)
+    whole = plan_table(one, dataset, 8, room)
+    copied = plan_table(two, dataset, 8, room)
+    assert copied.host == pytest.approx(2 * whole.host, rel=0.1)
+    assert copied.checkpoint == pytest.approx(whole.checkpoint, rel=0.1)
 
 
 @given(

@@ -92,6 +92,41 @@ def test_one_host_needs_no_network_and_two_share_one_cable_each():
     assert step["SC-MIM's pairs"] == pytest.approx(6 * 100 * 15 * 2 * 32 / 1e13)
 
 
+@pytest.mark.parametrize(
+    ("communication", "row", "gradient"),
+    [
+        ("fp32", 128, 128),
+        ("bf16", 64, 64),
+        ("int8", 40, 64),
+    ],
+)
+def test_rows_travel_in_the_format_that_is_set(communication, row, gradient):
+    found = traffic.expected(
+        *(4, 32, 2, 3, 0, 0), foreign=50, communication=communication
+    )
+    assert found["rows"] == 50 * row
+    assert found["row gradients"] == 50 * gradient
+
+
+def test_with_a_copy_a_host_look_ups_need_no_network():
+    """Two hosts: replicas halve the sums' work, and each tells the other all that it has summed."""
+    copies = traffic.Copies(ranks=8, group_rows=4000, rows=6000)
+    load = replace(LOAD, copies=copies)
+    step = step_model.cluster_step(load, CLUSTER, 16, 80, 1e6)
+    assert step["rows"] == pytest.approx(
+        step_model.cluster_step(LOAD, CLUSTER, 8, 80, 1e6)["rows"]
+    )
+    rows = 4000 / 8 / 2 + 6000 / 16
+    expected = 8 * (rows * (4 + 128) + 2 * 8) / 10e9
+    assert step["copies"] == pytest.approx(expected)
+    # One copy: 11 parts over 16 ranks; two: 4 over 8, 6 collectives over 2, the rest over 16.
+    one = step_model.cluster_step(LOAD, CLUSTER, 16, 80, 1e6)["messages"]
+    assert one == pytest.approx((9 * 4 * 10 + 5 * 16) * 1e-6)
+    hops = 4 * 3 + 6 * 1 + 5 * 4
+    peers = 5 * 8 + 6 * 2
+    assert step["messages"] == pytest.approx((hops * 10 + peers) * 1e-6)
+
+
 def test_sc_mim_within_ranks_takes_nothing_of_the_network():
     step = step_model.cluster_step(
         replace(LOAD, global_negatives=False), CLUSTER, 16, 80, 1e6
