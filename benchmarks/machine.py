@@ -208,9 +208,9 @@ def reset_peak_memory() -> int | None:
         return None
 
 
-def cpu_seconds_of_children() -> float:
-    """What this process's descendants that run now have computed, those included that they
-    waited for. On all cores.
+def cpu_seconds_by_child() -> dict[int, float]:
+    """What each of this process's descendants that run now has computed, those included that it
+    waited for, by its number. On all cores.
     """
     parent_of = {}
     seconds_of = {}
@@ -225,14 +225,14 @@ def cpu_seconds_of_children() -> float:
         process = int(stat.parent.name)
         parent_of[process] = int(fields[1])
         seconds_of[process] = sum(map(int, fields[11:15])) / _TICKS
-    total = 0.0
+    of_child = {}
     for process, seconds in seconds_of.items():
         above = parent_of.get(process)
         while above and above != os.getpid():
             above = parent_of.get(above)
         if above:
-            total += seconds
-    return total
+            of_child[process] = seconds
+    return of_child
 
 
 _TICKS = os.sysconf("SC_CLK_TCK")

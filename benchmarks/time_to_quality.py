@@ -360,6 +360,7 @@ class CpuClock:
     """What the processes that are started meanwhile have computed, by the time of day."""
 
     def __init__(self) -> None:
+        self._before = frozenset(machine.cpu_seconds_by_child())
         self._moments: list[float] = []
         self._seconds: list[float] = []
         self._ended = threading.Event()
@@ -376,8 +377,15 @@ class CpuClock:
     def _watch(self) -> None:
         while not self._ended.is_set():
             self._moments.append(time.time())
-            self._seconds.append(machine.cpu_seconds_of_children())
+            self._seconds.append(self._sum())
             self._ended.wait(_LOOKS)
+
+    def _sum(self) -> float:
+        total = 0.0
+        for process, seconds in machine.cpu_seconds_by_child().items():
+            if process not in self._before:
+                total += seconds
+        return total
 
     def seconds_at(self, moment: float) -> float:
         """By a moment, in seconds since 1970."""

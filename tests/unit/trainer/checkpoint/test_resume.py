@@ -320,7 +320,8 @@ FREE |= {
     f"profile.{name}" for name in ("steps", "phases", "memory", "peak_tflops")
 }
 FREE |= {
-    f"table.{name}" for name in ("placement", "cache_share", "device_share")
+    f"table.{name}"
+    for name in ("placement", "cache_share", "device_share", "group_size")
 }
 FREE |= {"deepspeed.zero_optimization.reduce_bucket_size"}
 

@@ -149,6 +149,7 @@ def test_what_is_taken_of_the_table_builds_or_says_what_the_device_lacks():
         "table.optimizer=adam",
         "table.optimizer=partial_rowwise_adam",
         "table.placement=cached",
+        "table.group_size=63",
     ]
 
 
