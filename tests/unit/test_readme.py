@@ -120,7 +120,7 @@ def test_the_figures_are_those_of_the_record():
         file = ROOT / "docs/experiments" / name
         records += file.read_text(encoding="utf-8")
     figures = re.findall(r"0\.\d{4}", "".join(README.split("## Is it for")[1]))
-    assert len(figures) == 12
+    assert len(figures) == 16
     for figure in figures:
         assert figure in records
 
