@@ -102,6 +102,17 @@ def run_peer(
     )
 
 
+def environment_python(variable: str, folder: str) -> Path:
+    """The Python of a peer's environment: what a variable names, or what `make peers` makes.
+
+    It need not be there. folder: of the environment, beside the project's own.
+    """
+    named = os.environ.get(variable)
+    if named:
+        return Path(named)
+    return ROOT / folder / "bin" / "python"
+
+
 def executable(peer: str, python: str | Path, way_out: str) -> str:
     """The path, from wherever it is run; links stay, which make an environment.
 

@@ -5,7 +5,6 @@ bridge.py says what a run's folder holds; recbole_peer.py is RecBole's side.
 
 import difflib
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ from trainer.study.peers.bridge import (
     PEERS,
     RANKS,
     RESULT,
-    ROOT,
     Peer,
     Result,
+    environment_python,
     executable,
     run_peer,
 )
@@ -37,14 +36,8 @@ _MAKE = "make it with `make peers`, or name another with --recbole-python"
 
 
 def default_python() -> Path:
-    """The Python of RecBole's environment: $RECBOLE_PYTHON, or what `make peers` makes.
-
-    It need not be there.
-    """
-    named = os.environ.get("RECBOLE_PYTHON")
-    if named:
-        return Path(named)
-    return ROOT / ".venv-peers" / "bin" / "python"
+    """Of RecBole: $RECBOLE_PYTHON, or what `make peers` makes. It need not be there."""
+    return environment_python("RECBOLE_PYTHON", ".venv-peers")
 
 
 def recbole_models(python: str | Path) -> dict[str, str | None]:

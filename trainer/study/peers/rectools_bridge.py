@@ -4,25 +4,18 @@ bridge.py says what a run's folder holds; rectools_peer.py is RecTools' side. Wi
 and a sampled softmax it is eSASRec (Tikhonovich et al., RecSys 2025, arXiv 2508.06450).
 """
 
-import os
 from pathlib import Path
 
 from trainer.errors import InputError
-from trainer.study.peers.bridge import PEERS, ROOT, Peer
+from trainer.study.peers.bridge import PEERS, Peer, environment_python
 
 _MODEL = "SASRec"
 _MAKE = "make it with `make peers`, or name another with RECTOOLS_PYTHON"
 
 
 def default_rectools_python() -> Path:
-    """The Python of RecTools' environment: $RECTOOLS_PYTHON, or what `make peers` makes.
-
-    It need not be there.
-    """
-    named = os.environ.get("RECTOOLS_PYTHON")
-    if named:
-        return Path(named)
-    return ROOT / ".venv-rectools" / "bin" / "python"
+    """Of RecTools: $RECTOOLS_PYTHON, or what `make peers` makes. It need not be there."""
+    return environment_python("RECTOOLS_PYTHON", ".venv-rectools")
 
 
 def _spell(python: str | Path, model: str) -> str:
